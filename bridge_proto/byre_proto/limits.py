@@ -1,0 +1,49 @@
+"""Every limit of the wire, in one place, each with the attack or the reason behind it.
+
+The sender enforces a limit so that a mistake fails where it was made; the receiver enforces it again because
+the peer may be hostile.  A limit is part of the protocol version: changing one changes `WIRE.md`.
+"""
+
+from __future__ import annotations
+
+#: Payload of one DATA frame.  Large enough that the header does not matter (virtio is fastest at 32 to 64 KiB),
+#: small enough that a control frame never waits long behind one.
+MAX_DATA = 64 * 1024
+
+#: Payload of one control frame.  An OCI spec with its seccomp profile is about 60 KiB; ten times that is room.
+MAX_CONTROL = 1024 * 1024
+
+#: Elements in one msgpack array or map: a small frame must not decode into a huge list.
+MAX_ELEMENTS = 16 * 1024
+
+#: Streams open at once, each with its guaranteed window: 4,096 x 16 KiB bounds what unread streams can hold.
+MAX_STREAMS = 4096
+
+#: Window that every stream has from its first byte, guaranteed: an unread stream holds no more than this.
+INITIAL_WINDOW = 16 * 1024
+
+#: Window to which a stream that is read may grow.
+MAX_WINDOW = 1024 * 1024
+
+#: Shared by all growing streams of one side, beyond the guaranteed windows.
+WINDOW_POOL = 16 * 1024 * 1024
+
+#: Calls from the peer in progress at once; one more is answered with resource-exhausted.
+MAX_CALLS = 4096
+
+#: Control bytes queued for a peer that does not read.  Over it the connection is closed: nothing else bounds
+#: the answers to a flood of pings or requests.
+MAX_CONTROL_BACKLOG = 8 * 1024 * 1024
+
+#: Log bytes queued; what does not fit is dropped and counted.
+MAX_LOG_BACKLOG = 256 * 1024
+
+#: Bytes kept for replay after a dropped connection, beside the windows; over it the session cannot resume.
+MAX_REPLAY = WINDOW_POOL + MAX_STREAMS * INITIAL_WINDOW + MAX_CONTROL_BACKLOG
+
+#: Bytes thrown away while looking for the preface: a serial console's whole boot log fits, a flood does not.
+MAX_NOISE = 16 * 1024 * 1024
+
+#: Frames or bytes received between two acknowledgements.
+ACK_FRAMES = 64
+ACK_BYTES = 256 * 1024

@@ -1,0 +1,195 @@
+"""The requests and events that cross the wire, as a table: names, fields, types.
+
+Both ends check against it: the sender so that a mistake fails alone where it was made, the receiver because the
+peer may be hostile (B45).  A field that the table does not know is dropped (a newer peer may send it); a missing
+one takes its default.  `WIRE.md` is written from this table (`python -m byre_proto.messages` prints its part).
+
+A type is written as in Python:  ``int``, ``str?`` (or None), ``[str]``, ``{str}`` (string keys), ``any``.
+A field without a default is required.
+"""
+
+from __future__ import annotations
+
+from .errors import InvalidRequest, NotSupported, printable
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+#: Streams are named by their id; 0 means: not asked for.
+_STDIO = {"stdin": ("int", 0), "stdout": ("int", 0), "stderr": ("int", 0)}
+
+#: What one process is told to be.  `container` "" is the VM itself.  `env` None: the container's or the VM's own.
+#: `oci` is an OCI process object and replaces the other fields but the streams, `terminal` and its size.
+_PROCESS = {
+    **_STDIO,
+    "args": ("[str]", []),
+    "command_line": ("str", ""),
+    "env": ("{str}?", None),
+    "cwd": ("str", ""),
+    "user": ("str", ""),
+    "additional_gids": ("[int]", []),
+    "capabilities": ("[str]?", None),
+    "rlimits": ("[any]", []),  # [name, soft, hard], RLIM_INFINITY is -1
+    "no_new_privileges": ("bool", False),
+    "terminal": ("bool", False),
+    "width": ("int", 0),
+    "height": ("int", 0),
+    "oci": ("any", None),
+}
+
+#: How a process or a container ended.  `code` is 128+n for a death by signal n (B8), `signal` is n or 0; the byte
+#: counts are what the agent read from the process's stdout and stderr, -1 while a stream is still open.
+_EXIT = {"code": ("int",), "signal": ("int",), "oom": ("bool", False)}
+
+#: Method -> (arguments, result).  Served by the guest's agent.
+METHODS: dict[str, tuple[dict[str, tuple[Any, ...]], dict[str, tuple[Any, ...]]]] = {
+    # Identity, clock and entropy of this VM, once after each first connection (B52).
+    "system.configure": (
+        {
+            "realtime_ns": ("int", 0),
+            "entropy": ("bytes", b""),
+            "hostname": ("str", ""),
+            "machine_id": ("str", ""),
+            "log_level": ("int", 20),
+        },
+        {"info": ("{any}",)},
+    ),
+    "system.info": ({}, {"info": ("{any}",)}),
+    "system.stacks": ({}, {"text": ("str",)}),
+    "process.create": (
+        {"container": ("str", ""), **_PROCESS},
+        {"process": ("int",), "pid": ("int",)},
+    ),
+    "process.signal": (
+        {"process": ("int",), "signal": ("int",), "tree": ("bool", False)},
+        {"delivered": ("bool",)},
+    ),
+    "process.resize": ({"process": ("int",), "width": ("int",), "height": ("int",)}, {}),
+    "process.release": ({"process": ("int",)}, {}),
+    "process.wait": ({"process": ("int",)}, _EXIT),
+    "process.list": ({}, {"processes": ("[any]",)}),
+    "disk.mount": (
+        {"target": ("int",), "lun": ("int",), "filesystem": ("str", "squashfs")},
+        {"layer": ("str",)},
+    ),
+    "disk.unmount": ({"target": ("int",), "lun": ("int",)}, {}),
+    "container.create": (
+        {
+            "container": ("str",),
+            "spec": ("{any}",),
+            "layers": ("[str]", []),  # lowest first, as disk.mount named them
+            "scratch_bytes": ("int", 0),
+            "user": ("str", ""),
+            "stop_signal": ("int", 15),
+        },
+        {},
+    ),
+    "container.init": (
+        {
+            "container": ("str",),
+            **_STDIO,
+            "terminal": ("bool", False),
+            "width": ("int", 0),
+            "height": ("int", 0),
+        },
+        {"process": ("int",), "pid": ("int",)},
+    ),
+    "container.start": ({"container": ("str",)}, {"pid": ("int",)}),
+    "container.shutdown": ({"container": ("str",)}, {}),
+    "container.terminate": ({"container": ("str",)}, {}),
+    "container.delete": ({"container": ("str",)}, {}),
+    "container.wait": ({"container": ("str",)}, _EXIT),
+    "container.list": ({}, {"containers": ("[any]",)}),
+    "container.state": ({"container": ("str",)}, {"state": ("{any}",)}),
+    "container.processes": ({"container": ("str",)}, {"processes": ("[any]",)}),
+    "container.stats": ({"container": ("str",)}, {"stats": ("{any}",)}),
+    "container.update": ({"container": ("str",), "resources": ("{any}",)}, {}),
+    "container.log": ({"container": ("str",)}, {"data": ("bytes",), "dropped": ("int",)}),
+}
+
+#: Served by the keeper of a detached VM, which passes every other method on to the agent.
+METHODS.update(
+    {
+        "vm.info": ({}, {"info": ("{any}",)}),
+        "vm.attach_disk": ({"path": ("str",)}, {"target": ("int",), "lun": ("int",)}),
+        "vm.detach_disk": ({"path": ("str",)}, {}),
+        "vm.console": ({"lines": ("int", 40)}, {"text": ("str",)}),
+        "vm.pause": ({}, {}),
+        "vm.resume": ({}, {}),
+        "vm.shutdown": ({"timeout": ("int?", None)}, {}),
+    }
+)
+
+#: Event -> fields.
+EVENTS: dict[str, dict[str, tuple[Any, ...]]] = {
+    "process.exit": {"process": ("int",), **_EXIT, "stdout": ("int", -1), "stderr": ("int", -1)},
+    "container.exit": {"container": ("str",), **_EXIT},
+    "container.oom": {"container": ("str",)},
+    "vm.exit": {"reason": ("str",)},
+}
+
+_KINDS: dict[str, type] = {"int": int, "str": str, "bytes": bytes, "bool": bool}
+
+
+def check_arguments(method: str, arguments: dict[str, Any]) -> dict[str, Any]:
+    """The arguments with defaults filled in.  Raises `NotSupported` (B46), `InvalidRequest`."""
+    if method not in METHODS:
+        raise NotSupported(f"the method {printable(method)[:80]!r} is not known here", method=method[:80])
+    return _check(method, METHODS[method][0], arguments)
+
+
+def check_result(method: str, result: dict[str, Any]) -> dict[str, Any]:
+    """The result of `method`, checked in the same way."""
+    return _check(method, METHODS[method][1], result)
+
+
+def check_event(name: str, fields: dict[str, Any]) -> dict[str, Any]:
+    """The fields of an event.  Raises `NotSupported`, `InvalidRequest`."""
+    if name not in EVENTS:
+        raise NotSupported(f"the event {printable(name)[:80]!r} is not known here")
+    return _check(name, EVENTS[name], fields)
+
+
+def _check(name: str, table: dict[str, tuple[Any, ...]], given: dict[str, Any]) -> dict[str, Any]:
+    checked = {}
+    for field, spec in table.items():
+        if field in given:
+            value = given[field]
+            if not fits(value, spec[0]):
+                raise InvalidRequest(f"{name}: {field} must be {spec[0]}, not {type(value).__name__}", field=field)
+            checked[field] = value
+        elif len(spec) == 2:
+            checked[field] = spec[1]
+        else:
+            raise InvalidRequest(f"{name}: {field} is missing", field=field)
+    return checked
+
+
+def fits(value: object, kind: str) -> bool:
+    """Whether a value is of a kind of the table."""
+    if kind == "any":
+        return True
+    if kind[-1] == "?":
+        return value is None or fits(value, kind[:-1])
+    if kind[0] == "[":
+        return isinstance(value, (list, tuple)) and all(fits(item, kind[1:-1]) for item in value)
+    if kind[0] == "{":
+        inner = kind[1:-1]
+        return isinstance(value, dict) and all(isinstance(k, str) and fits(v, inner) for k, v in value.items())
+    if kind == "int":
+        return type(value) is int and -(1 << 63) <= value < 1 << 64
+    return isinstance(value, _KINDS[kind])
+
+
+def describe() -> str:
+    """The table as Markdown, for WIRE.md."""
+
+    def fields(table: dict[str, tuple[Any, ...]]) -> str:
+        return ", ".join(f"`{n}` {s[0]}" + (f" = {s[1]!r}" if len(s) == 2 else "") for n, s in table.items()) or "-"
+
+    lines = ["| method | arguments | result |", "|---|---|---|"]
+    lines += [f"| `{name}` | {fields(a)} | {fields(r)} |" for name, (a, r) in METHODS.items()]
+    lines += ["", "| event | fields |", "|---|---|"]
+    lines += [f"| `{name}` | {fields(table)} |" for name, table in EVENTS.items()]
+    return "\n".join(lines) + "\n"

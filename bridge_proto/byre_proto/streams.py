@@ -1,0 +1,49 @@
+"""One multiplexed byte stream: which of its two directions are open, and its two windows."""
+
+from __future__ import annotations
+
+from collections import deque
+
+from .windows import ReceiveWindow, SendWindow, WindowPool
+
+#: Reasons that RESET and STOP carry.
+REASON_NONE = 0
+REASON_CANCELLED = 1
+REASON_CLOSED = 2
+REASON_PROCESS_GONE = 3
+
+
+class Stream:
+    """State of a stream on one side.
+
+    Each direction is open until EOF or RESET (by its sender) or STOP (by its receiver).  A direction that was not
+    asked for at the start is closed from the start.
+    """
+
+    __slots__ = (
+        "consumed",
+        "id",
+        "pending",
+        "receive_window",
+        "received",
+        "receiving",
+        "send_window",
+        "sending",
+        "sent",
+    )
+
+    def __init__(self, number: int, pool: WindowPool, *, sending: bool, receiving: bool) -> None:
+        self.id = number
+        self.sending = sending
+        self.receiving = receiving
+        self.send_window = SendWindow()
+        self.receive_window = ReceiveWindow(pool)
+        self.sent = 0  # bytes handed over for sending, in all
+        self.received = 0
+        self.consumed = 0  # by the reader; the rest is held here and counts until it is read or given up
+        self.pending: deque[bytes] = deque()  # frames that wait for their turn
+
+    @property
+    def done(self) -> bool:
+        """Nothing more can happen on it, nothing waits to be sent or read: it may be forgotten."""
+        return not (self.sending or self.receiving or self.pending or self.consumed < self.received)

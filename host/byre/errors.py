@@ -1,0 +1,155 @@
+"""What the host side raises, beside the errors that cross the wire (`byre_proto.errors`).
+
+Every class derives from `ByreError` and from the builtin that fits.  "Never ran" (`StartFailed` and its like,
+from the wire's table) and "outcome unknown" (`ConnectionLost`) are different classes: a caller may repeat the
+first and must not blindly repeat the second.
+"""
+
+from __future__ import annotations
+
+from byre_proto.errors import (
+    ByreError,
+    Cancelled,
+    ContainerExists,
+    ContainerNotFound,
+    ContainerNotReady,
+    DeadlineExceeded,
+    DiskInUse,
+    InvalidRequest,
+    NotATerminal,
+    NotSupported,
+    PermissionRefused,
+    ProcessNotFound,
+    ProgramNotExecutable,
+    ProgramNotFound,
+    RequestTooLarge,
+    ResourceExhausted,
+    RuntimeFailed,
+    StartFailed,
+    StorageFailed,
+    UserNotFound,
+    WorkingDirectoryNotFound,
+)
+
+
+class ConnectionLost(ByreError, ConnectionError):
+    """The VM or the channel to it is gone; the outcome of what was under way is unknown (B9, B25, B42)."""
+
+    code = "connection-lost"
+
+
+class ContainerClosed(ByreError):
+    """The container object was closed here; the container itself may go on (B25, B26)."""
+
+    code = "container-closed"
+
+
+class ProcessRunning(ByreError):
+    """`exit_code` was asked for while the process runs (B9)."""
+
+    code = "process-running"
+
+
+class CommandFailed(ByreError):
+    """`run(check=True)`: the command ended with another status than 0; ``data`` has it and the output."""
+
+    code = "command-failed"
+
+
+class MachineFailed(ByreError, OSError):
+    """The virtual machine could not be started, or did what it must not."""
+
+    code = "machine-failed"
+
+
+class BootFailed(MachineFailed):
+    """The VM ended or the guest panicked before its agent answered (B40); ``data["console"]`` has the tail."""
+
+    code = "boot-failed"
+
+
+class BootTimeout(BootFailed, TimeoutError):
+    """The guest's agent did not answer within the boot deadline; ``data["console"]`` has the tail."""
+
+    code = "boot-timeout"
+
+
+class AcceleratorUnavailable(MachineFailed):
+    """The accelerator that was required cannot run a virtual CPU here; the reason is in the message."""
+
+    code = "accelerator-unavailable"
+
+
+class TransportUnavailable(MachineFailed):
+    """The transport that was required does not exist on this host or machine; the reason is in the message."""
+
+    code = "transport-unavailable"
+
+
+class ToolMissing(ByreError, FileNotFoundError):
+    """A program that byre needs is not installed; the hint names the package."""
+
+    code = "tool-missing"
+
+
+class ImageNotFound(ByreError, FileNotFoundError):
+    """No container image is at this reference, or it has no such tag or platform."""
+
+    code = "image-not-found"
+
+
+class ImageInvalid(ByreError, ValueError):
+    """The image breaks its specification: layout, digest, media type or a layer's contents (B63)."""
+
+    code = "image-invalid"
+
+
+class VMNotFound(ByreError, LookupError):
+    """No detached VM has this name."""
+
+    code = "vm-not-found"
+
+
+class VMExists(ByreError, FileExistsError):
+    """A detached VM with this name is up."""
+
+    code = "vm-exists"
+
+
+__all__ = [
+    "AcceleratorUnavailable",
+    "BootFailed",
+    "BootTimeout",
+    "ByreError",
+    "Cancelled",
+    "CommandFailed",
+    "ConnectionLost",
+    "ContainerClosed",
+    "ContainerExists",
+    "ContainerNotFound",
+    "ContainerNotReady",
+    "DeadlineExceeded",
+    "DiskInUse",
+    "ImageInvalid",
+    "ImageNotFound",
+    "InvalidRequest",
+    "MachineFailed",
+    "NotATerminal",
+    "NotSupported",
+    "PermissionRefused",
+    "ProcessNotFound",
+    "ProcessRunning",
+    "ProgramNotExecutable",
+    "ProgramNotFound",
+    "RequestTooLarge",
+    "ResourceExhausted",
+    "RuntimeFailed",
+    "StartFailed",
+    "StorageFailed",
+    "ToolMissing",
+    "TransportUnavailable",
+    "UserNotFound",
+    "VMExists",
+    "VMNotFound",
+    "WorkingDirectoryNotFound",
+]

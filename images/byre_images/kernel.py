@@ -1,0 +1,66 @@
+"""The uncompressed kernel out of a bzImage: QEMU boots it by PVH, without firmware, a decompressor or real mode.
+
+Source: Documentation/arch/x86/boot.rst of Linux (the setup header; `payload_offset`, `payload_length`).
+"""
+
+from __future__ import annotations
+
+import lzma
+import struct
+import zlib
+
+from . import tools
+from .errors import BuildFailed
+
+#: Offsets in the setup header of a bzImage.
+SETUP_SECTS, BOOT_FLAG, MAGIC, VERSION, PAYLOAD_OFFSET = 0x1F1, 0x1FE, 0x202, 0x206, 0x248
+#: `payload_offset` and `payload_length` exist from this protocol version on.
+PAYLOAD_VERSION = 0x0208
+SECTOR = 512
+#: A header that says zero setup sectors means this many (for kernels of long ago).
+DEFAULT_SETUP_SECTS = 4
+
+XZ, GZIP, ZSTD, LZ4_LEGACY = b"\xfd7zXZ\0", b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"\x02\x21\x4c\x18"
+ELF = b"\x7fELF"
+#: What the kernel's makefiles append to every payload but gzip's: its uncompressed size.
+SIZE_TRAILER = 4
+#: Type of the ELF note that holds the PVH entry, its owner (include/xen/interface/elfnote.h).
+PVH_NOTE = struct.pack("<III", 4, 4, 18) + b"Xen\0"
+
+
+def vmlinux(bzimage: bytes) -> bytes:
+    """The ELF kernel inside a bzImage; `BuildFailed` when there is none, or none that PVH can boot."""
+    elf = _decompress(_payload(bzimage))
+    if not elf.startswith(ELF):
+        raise BuildFailed("the kernel's payload is no ELF file", hint="use Debian's linux-image-amd64")
+    if PVH_NOTE not in elf:
+        raise BuildFailed("the kernel has no PVH entry", hint="it must be configured with CONFIG_PVH=y")
+    return elf
+
+
+def _payload(bzimage: bytes) -> bytes:
+    if len(bzimage) < PAYLOAD_OFFSET + 8 or bzimage[BOOT_FLAG : BOOT_FLAG + 2] != b"\x55\xaa":
+        raise BuildFailed("the kernel is no bzImage")
+    (version,) = struct.unpack_from("<H", bzimage, VERSION)
+    if bzimage[MAGIC : MAGIC + 4] != b"HdrS" or version < PAYLOAD_VERSION:
+        raise BuildFailed(f"the kernel's boot protocol {version:#x} is too old")
+    offset, length = struct.unpack_from("<II", bzimage, PAYLOAD_OFFSET)
+    start = ((bzimage[SETUP_SECTS] or DEFAULT_SETUP_SECTS) + 1) * SECTOR + offset
+    if not length or start + length > len(bzimage):
+        raise BuildFailed("the kernel's payload is cut off")
+    return bzimage[start : start + length]
+
+
+def _decompress(payload: bytes) -> bytes:
+    try:
+        if payload.startswith(XZ):
+            return lzma.LZMADecompressor(lzma.FORMAT_XZ).decompress(payload)
+        if payload.startswith(GZIP):
+            return zlib.decompressobj(16 + zlib.MAX_WBITS).decompress(payload)
+    except (lzma.LZMAError, zlib.error) as error:
+        raise BuildFailed(f"the kernel's payload cannot be decompressed: {error}") from error
+    if payload.startswith(ZSTD):
+        return tools.run([tools.find("zstd"), "-dcq"], stdin=payload[:-SIZE_TRAILER])
+    if payload.startswith(LZ4_LEGACY):
+        return tools.run([tools.find("lz4"), "-dcq"], stdin=payload[:-SIZE_TRAILER])
+    raise BuildFailed(f"the kernel's payload has an unknown compression: {payload[:6].hex()}")

@@ -1,0 +1,3 @@
+"""Fixtures and helpers that every test may use."""
+
+from __future__ import annotations
