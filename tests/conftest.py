@@ -1,3 +1,155 @@
-"""Fixtures and helpers that every test may use."""
+"""What all tests share: order (fast first), the record of shown behaviours, hosts and images.
+
+The fixtures are named by life-cycle: `host` (any vehicle), `vm` (one VM for the session), `fresh_vm` (a VM of the
+test's own).  A VM that cannot boot is a failure, never a skip.
+"""
 
 from __future__ import annotations
+
+import json
+import os
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from . import vehicles
+
+RESULTS = Path(os.environ.get("BYRE_TEST_RESULTS", Path(__file__).parent.parent / "test-results"))
+
+#: Directories in the order in which they run: what is fast and needs no VM comes first.
+ORDER = ("unit", "fuzz", "conformance", "image", "images", "vm")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    root = Path(__file__).parent
+
+    def rank(item: pytest.Item) -> tuple[int, int]:
+        folder = item.path.relative_to(root).parts[0]
+        vehicle = _vehicle(item)
+        return (
+            ORDER.index(folder) if folder in ORDER else len(ORDER),
+            vehicles.ALL.index(vehicle) if vehicle in vehicles.ALL else 0,
+        )
+
+    items.sort(key=rank)
+
+
+def _vehicle(item: pytest.Item) -> str:
+    parameters = getattr(item, "callspec", None)
+    for name in ("vehicle", "place"):
+        if parameters is not None and name in parameters.params:
+            return str(parameters.params[name]).partition("/")[0]
+    marker = item.get_closest_marker("vehicle")
+    if marker is not None:
+        return str(marker.args[0])
+    return vehicles.machine() if item.get_closest_marker("vm") else ""
+
+
+# -- the record of behaviours ------------------------------------------------------------------------------
+
+_shown: dict[str, dict[str, dict[str, str]]] = {}  # number -> vehicle -> test id -> outcome
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[Any]:
+    report = yield
+    numbers = [n for marker in item.iter_markers("behaviour") for n in marker.args]
+    if numbers and (report.when == "call" or report.outcome != "passed"):
+        for number in numbers:
+            tests = _shown.setdefault(number, {}).setdefault(_vehicle(item) or "any", {})
+            tests[item.nodeid] = report.outcome
+    return report
+
+
+def pytest_sessionfinish() -> None:
+    if _shown:
+        RESULTS.mkdir(parents=True, exist_ok=True)
+        name = "-".join(vehicles.selected())
+        (RESULTS / f"behaviours-{name}.json").write_text(json.dumps(_shown, indent=1, sort_keys=True))
+
+
+# -- hosts -------------------------------------------------------------------------------------------------
+
+
+def machine_options() -> dict[str, Any]:
+    """What a UtilityVM of this run is forced to be: the vehicle is not left to chance."""
+    if vehicles.machine() == "kvm":
+        return {"accelerator": "kvm", "transport": "vsock"}
+    return {"accelerator": "tcg", "transport": "virtio-serial"}
+
+
+def keep_console(vm: Any, request: pytest.FixtureRequest, name: str = "") -> None:
+    """Keep the console under the test's name when the test failed."""
+    folder = RESULTS / "consoles"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name or request.node.name}.log").write_text(vm.console_tail(lines=400))
+
+
+@pytest.fixture(scope="session")
+async def vm(request: pytest.FixtureRequest) -> AsyncIterator[Any]:
+    """One VM for the whole session, for tests that leave it as they found it."""
+    import byre
+
+    async with byre.UtilityVM(**machine_options()) as machine:
+        yield machine
+        if request.session.testsfailed:
+            keep_console(machine, request, "session")
+
+
+@pytest.fixture
+async def fresh_vm(request: pytest.FixtureRequest) -> AsyncIterator[Any]:
+    """A VM of the test's own, which may be killed."""
+    import byre
+
+    async with byre.UtilityVM(**machine_options()) as machine:
+        failed = request.session.testsfailed
+        yield machine
+        if request.session.testsfailed > failed:
+            keep_console(machine, request)
+
+
+@pytest.fixture(params=vehicles.places())
+def place(request: pytest.FixtureRequest) -> str:
+    """Where a process test runs: a vehicle, or a container in one."""
+    return str(request.param)
+
+
+@pytest.fixture
+async def host(place: str, request: pytest.FixtureRequest) -> AsyncIterator[Any]:
+    """A `ProcessHost` for each place of this run."""
+    import byre
+
+    if place == "local":
+        async with byre.LocalHost() as local:
+            yield local
+    elif place == "sync":
+        from .sync_adapter import SyncHost
+
+        async with SyncHost() as sync:
+            yield sync
+    elif place.endswith("/container"):
+        machine = request.getfixturevalue("vm")
+        image = request.getfixturevalue("busybox")
+        async with await machine.create_container(image=image, args=["sleep", "infinity"]) as container:
+            await container.start()
+            yield container
+    else:
+        yield request.getfixturevalue("vm")
+
+
+@pytest.fixture(scope="session")
+def busybox() -> str:
+    """The reference of a small container image."""
+    from .images import busybox_layout
+
+    return f"oci:{busybox_layout()}"
+
+
+@pytest.fixture(scope="session")
+def debian() -> str:
+    """The reference of a real Debian userland in several layers."""
+    from .images import debian_layout
+
+    return f"oci:{debian_layout()}"

@@ -24,8 +24,8 @@ XZ, GZIP, ZSTD, LZ4_LEGACY = b"\xfd7zXZ\0", b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"
 ELF = b"\x7fELF"
 #: What the kernel's makefiles append to every payload but gzip's: its uncompressed size.
 SIZE_TRAILER = 4
-#: Type of the ELF note that holds the PVH entry, its owner (include/xen/interface/elfnote.h).
-PVH_NOTE = struct.pack("<III", 4, 4, 18) + b"Xen\0"
+#: The ELF note that holds the PVH entry: XEN_ELFNOTE_PHYS32_ENTRY of the owner "Xen", 4 or 8 bytes long.
+PVH_NOTES = [struct.pack("<III", 4, length, 18) + b"Xen\0" for length in (4, 8)]
 
 
 def vmlinux(bzimage: bytes) -> bytes:
@@ -33,7 +33,7 @@ def vmlinux(bzimage: bytes) -> bytes:
     elf = _decompress(_payload(bzimage))
     if not elf.startswith(ELF):
         raise BuildFailed("the kernel's payload is no ELF file", hint="use Debian's linux-image-amd64")
-    if PVH_NOTE not in elf:
+    if not any(note in elf for note in PVH_NOTES):
         raise BuildFailed("the kernel has no PVH entry", hint="it must be configured with CONFIG_PVH=y")
     return elf
 

@@ -53,7 +53,6 @@ ASSUMED = (
     "linux-base",
     "mawk",
     "media-types",
-    "original-awk",
     "passwd",
     "tar",
     "udev",
@@ -106,7 +105,9 @@ class Apt:
         self._prepare()
         say("looking up packages")
         self._apt_get("update")
-        printed = self._apt_get("install", "--print-uris", *WANTED).decode()
+        # An archive directory that is empty: apt does not print what it has already.
+        elsewhere = f"-oDir::Cache::archives={self.directory}/none"
+        printed = self._apt_get("install", "--print-uris", elsewhere, *WANTED).decode()
         pins = sorted(_parse(line) for line in printed.splitlines() if line.startswith("'"))
         if not pins:
             raise PackagesUnavailable("apt named no package to fetch", hint=IMPORT_HINT)
@@ -148,11 +149,12 @@ class Apt:
         """The state directory: the host's settings without its hooks, and a status file of what is assumed."""
         if not os.path.exists("/usr/bin/apt-get"):
             raise HostNotSupported("this host has no apt: images are built from Debian packages", hint=IMPORT_HINT)
-        for part in ("lists/partial", "archives/partial"):
+        for part in ("lists/partial", "archives/partial", "none/partial"):
             (self.directory / part).mkdir(parents=True, exist_ok=True)
         stanzas = (
             f"Package: {name}\nStatus: install ok installed\nMaintainer: none\nArchitecture: amd64\n"
-            f"Multi-Arch: foreign\nVersion: 999\nProvides: awk\nDescription: assumed\n\n"
+            f"Multi-Arch: foreign\nVersion: 999\n{'Provides: awk' if name == 'mawk' else 'Section: none'}\n"
+            f"Description: assumed\n\n"
             for name in ASSUMED
         )
         (self.directory / "status").write_text("".join(stanzas))

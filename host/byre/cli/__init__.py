@@ -1,0 +1,46 @@
+"""The command line.  This module only parses, dispatches and turns the outcome into an exit status.
+
+Rule: what is not needed for the command at hand is not imported (`byre --version` must not load asyncio), and no
+error of ours is shown as a traceback unless `--debug` asks for one.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from importlib import import_module
+
+TYPE_CHECKING = False  # the typing module is not needed to print a version
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit status.  The entry point of `byre` and of `python -m byre`."""
+    from .parser import parse
+    from .status import OWN_ERROR, report
+
+    _occupy_standard_descriptors()
+    arguments = parse(sys.argv[1:] if argv is None else argv)
+    module, function = arguments.command.split(":")
+    try:
+        status: int = getattr(import_module(f"{__name__}.{module}"), function)(arguments)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Who read our own output (a list, a log) has enough of it; what is left in the buffer goes nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return OWN_ERROR
+    except KeyboardInterrupt:
+        return 130
+    except Exception as error:
+        return report(error, debug=arguments.debug)
+    return status
+
+
+def _occupy_standard_descriptors() -> None:
+    """With `>&-` a socket of ours would become somebody's standard output: put /dev/null there instead."""
+    for fd in (0, 1, 2):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number: this one

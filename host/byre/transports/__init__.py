@@ -1,0 +1,1 @@
+"""Transports: how bytes get from the host to the agent in a machine."""

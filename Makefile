@@ -1,0 +1,69 @@
+# What a newcomer types.  `make demo` and `make test` install what is missing (with sudo where needed), into
+# .venv/ for Python; both share the set-up, so the second is quick.
+
+PYTHON   ?= /usr/bin/python3
+VENV     := .venv
+BIN      := $(VENV)/bin
+SUDO     := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
+RESULTS  := test-results
+
+# System packages, each with its reason:
+#   qemu-system-x86         the virtual machine
+#   squashfs-tools-ng       tar2sqfs: layers and the guest's root, straight from tar streams
+#   golang-github-containers-common   the default seccomp profile that Debian ships for podman
+#   util-linux, dpkg, apt   setpriv; the packages from which the guest image is built
+#   busybox-static          the demo's and the tests' small container image
+#   mmdebstrap, skopeo, …   tests: a real Debian userland, independent tools to compare with
+RUN_PACKAGES  := python3 python3-venv qemu-system-x86 squashfs-tools-ng golang-github-containers-common \
+                 util-linux ca-certificates busybox-static kmod zstd
+TEST_PACKAGES := mmdebstrap squashfs-tools attr strace umoci git procps
+
+.PHONY: demo test nested behaviours bench lint image setup setup-test clean
+
+demo: setup
+	$(BIN)/byre doctor
+	$(BIN)/python examples/demo.py
+
+test: setup-test
+	$(BIN)/python -m pytest $(PYTEST_FLAGS)
+
+# KVM and vsock for real, inside an emulated machine that has both.
+nested: setup-test
+	$(BIN)/python -m tests.nested
+
+# The table of behaviours that the last test runs gave; fails when one of them failed.
+behaviours: setup-test
+	$(BIN)/python -m tests.behaviours
+
+bench: setup
+	for name in boot exec exec-container container stdio ping; do $(BIN)/python -m benchmarks $$name --json || exit 1; done
+
+lint: setup-test
+	$(BIN)/python -m pytest tests/unit/test_linters.py tests/unit/test_layering.py
+
+image: setup
+	$(BIN)/byre image build
+
+setup: $(VENV)/.run-packages $(VENV)/.installed
+
+setup-test: setup $(VENV)/.test-packages $(VENV)/.test-installed
+
+$(VENV)/.run-packages: Makefile
+	@./.ci/packages $(RUN_PACKAGES)
+	@mkdir -p $(VENV) && touch $@
+
+$(VENV)/.test-packages: Makefile
+	@./.ci/packages $(TEST_PACKAGES)
+	@touch $@
+
+$(VENV)/.installed: pyproject.toml | $(VENV)/.run-packages
+	@[ -x $(BIN)/pip ] || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable .
+	@touch $@
+
+$(VENV)/.test-installed: pyproject.toml | $(VENV)/.installed
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[test,lint,fuzz]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) $(RESULTS) .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,0 +1,261 @@
+"""System calls that Python lacks, through ctypes: all of the agent's ctypes is in this file.
+
+Rule: one block of constants, one of argument types, then wrappers of a few lines that raise `OSError` with the
+file that it was about.  No policy here, and nothing that keeps state.  Source: the man pages of section 2,
+`linux/capability.h`, `linux/random.h`, `linux/sched.h`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import struct
+from fcntl import ioctl
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+# mount(2), umount2(2)
+MS_RDONLY = 1
+MS_NOSUID = 2
+MS_NODEV = 4
+MS_NOEXEC = 8
+MS_REMOUNT = 32
+MS_BIND = 4096
+MS_MOVE = 8192
+MS_REC = 16384
+MS_PRIVATE = 1 << 18
+MS_SLAVE = 1 << 19
+MS_SHARED = 1 << 20
+MS_RELATIME = 1 << 21
+MNT_DETACH = 2
+UMOUNT_NOFOLLOW = 8
+
+# clone(2), setns(2), unshare(2)
+CLONE_PIDFD = 0x1000
+CLONE_NEWNS = 0x20000
+CLONE_NEWCGROUP = 0x2000000
+CLONE_NEWUTS = 0x4000000
+CLONE_NEWIPC = 0x8000000
+CLONE_NEWUSER = 0x10000000
+CLONE_NEWPID = 0x20000000
+CLONE_NEWNET = 0x40000000
+CLONE_INTO_CGROUP = 0x200000000
+
+# openat2(2)
+AT_FDCWD = -100
+RESOLVE_NO_XDEV = 1
+RESOLVE_NO_MAGICLINKS = 2
+RESOLVE_NO_SYMLINKS = 4
+RESOLVE_BENEATH = 8
+RESOLVE_IN_ROOT = 16
+
+# prctl(2)
+PR_SET_PDEATHSIG = 1
+PR_SET_KEEPCAPS = 8
+PR_CAPBSET_READ = 23
+PR_CAPBSET_DROP = 24
+PR_SET_CHILD_SUBREAPER = 36
+PR_SET_NO_NEW_PRIVS = 38
+PR_CAP_AMBIENT = 47
+PR_CAP_AMBIENT_RAISE = 2
+PR_CAP_AMBIENT_CLEAR_ALL = 4
+
+# reboot(2)
+RB_AUTOBOOT = 0x01234567
+RB_POWER_OFF = 0x4321FEDC
+RB_DISABLE_CAD = 0
+
+# random(4), sockios.h, signalfd(2)
+RNDADDENTROPY = 0x40085203
+RNDRESEEDCRNG = 0x5207
+SIOCGIFFLAGS = 0x8913
+SIOCSIFFLAGS = 0x8914
+IFF_UP = 1
+SFD_NONBLOCK = 0o4000
+SFD_CLOEXEC = 0o2000000
+SIGNALFD_SIGINFO_SIZE = 128
+
+_SYS_FINIT_MODULE = 313 if os.uname().machine == "x86_64" else 273
+_SYS_CLONE3 = 435
+_SYS_OPENAT2 = 437
+_CAP_VERSION_3 = 0x20080522
+
+#: Names of capabilities(7) in the order of their numbers (`linux/capability.h`).
+CAPABILITIES = (
+    *("CAP_CHOWN", "CAP_DAC_OVERRIDE", "CAP_DAC_READ_SEARCH", "CAP_FOWNER", "CAP_FSETID", "CAP_KILL"),
+    *("CAP_SETGID", "CAP_SETUID", "CAP_SETPCAP", "CAP_LINUX_IMMUTABLE", "CAP_NET_BIND_SERVICE"),
+    *("CAP_NET_BROADCAST", "CAP_NET_ADMIN", "CAP_NET_RAW", "CAP_IPC_LOCK", "CAP_IPC_OWNER", "CAP_SYS_MODULE"),
+    *("CAP_SYS_RAWIO", "CAP_SYS_CHROOT", "CAP_SYS_PTRACE", "CAP_SYS_PACCT", "CAP_SYS_ADMIN", "CAP_SYS_BOOT"),
+    *("CAP_SYS_NICE", "CAP_SYS_RESOURCE", "CAP_SYS_TIME", "CAP_SYS_TTY_CONFIG", "CAP_MKNOD", "CAP_LEASE"),
+    *("CAP_AUDIT_WRITE", "CAP_AUDIT_CONTROL", "CAP_SETFCAP", "CAP_MAC_OVERRIDE", "CAP_MAC_ADMIN"),
+    *("CAP_SYSLOG", "CAP_WAKE_ALARM", "CAP_BLOCK_SUSPEND", "CAP_AUDIT_READ", "CAP_PERFMON", "CAP_BPF"),
+    "CAP_CHECKPOINT_RESTORE",
+)
+
+_c = ctypes.CDLL(None, use_errno=True)
+_locked = ctypes.PyDLL(None, use_errno=True)  # keeps the interpreter's lock: a forked child must own it
+_c.mount.argtypes = (ctypes.c_char_p, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_ulong, ctypes.c_char_p)
+_c.umount2.argtypes = (ctypes.c_char_p, ctypes.c_int)
+_c.setns.argtypes = (ctypes.c_int, ctypes.c_int)
+_c.unshare.argtypes = (ctypes.c_int,)
+_c.prctl.argtypes = (ctypes.c_int, ctypes.c_ulong, ctypes.c_ulong, ctypes.c_ulong, ctypes.c_ulong)
+_c.reboot.argtypes = (ctypes.c_int,)
+_c.signalfd.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_int)
+_c.capset.argtypes = (ctypes.c_char_p, ctypes.c_char_p)
+_c.capget.argtypes = (ctypes.c_char_p, ctypes.c_char_p)
+_c.sethostname.argtypes = (ctypes.c_char_p, ctypes.c_size_t)
+_c.syscall.restype = ctypes.c_long
+_locked.syscall.restype = ctypes.c_long
+
+
+def _raise(*names: str | None) -> None:
+    number = ctypes.get_errno()
+    raise OSError(number, os.strerror(number), *names)
+
+
+def mount(source: str, target: str, filesystem: str, flags: int = 0, data: str = "") -> None:
+    """mount(2).  `data` is the file system's options, at most 4 KiB."""
+    encode = os.fsencode
+    if _c.mount(encode(source), encode(target), encode(filesystem), flags, encode(data)) < 0:
+        _raise(source, None, target)
+
+
+def umount(target: str, flags: int = UMOUNT_NOFOLLOW) -> None:
+    """umount2(2)."""
+    if _c.umount2(os.fsencode(target), flags) < 0:
+        _raise(target)
+
+
+def setns(fd: int, kind: int = 0) -> None:
+    """Enter the namespace (or those of the pidfd) `fd`; `kind` is CLONE_NEW*."""
+    if _c.setns(fd, kind) < 0:
+        _raise()
+
+
+def unshare(flags: int) -> None:
+    """Leave the shared namespaces named by CLONE_NEW*."""
+    if _c.unshare(flags) < 0:
+        _raise()
+
+
+def openat2(path: str, flags: int, resolve: int, *, dir_fd: int = AT_FDCWD, mode: int = 0) -> int:
+    """Open with RESOLVE_* rules, e.g. RESOLVE_IN_ROOT below `dir_fd`; the descriptor is close-on-exec."""
+    how = struct.pack("=QQQ", flags | os.O_CLOEXEC, mode, resolve)
+    fd: int = _c.syscall(
+        ctypes.c_long(_SYS_OPENAT2), ctypes.c_long(dir_fd), os.fsencode(path), how, ctypes.c_long(len(how))
+    )
+    if fd < 0:
+        _raise(path)
+    return fd
+
+
+def finit_module(fd: int, parameters: str = "") -> None:
+    """Load the (uncompressed) kernel module in the open file `fd`."""
+    if _c.syscall(ctypes.c_long(_SYS_FINIT_MODULE), ctypes.c_long(fd), parameters.encode(), ctypes.c_long(0)) < 0:
+        _raise()
+
+
+def fork_into(cgroup: int) -> int:
+    """fork(2) whose child begins in the cgroup (version 2) that the descriptor `cgroup` names.
+
+    Moving it afterwards waits for an RCU grace period, tens of milliseconds under emulation; and what it forks
+    before would escape.  It passes by Python's and libc's fork handlers, so the child may only set itself up and
+    exec.  Raises OSError with ENOSYS where a sandbox hides clone3(2).
+    """
+    arguments = struct.pack("=11Q", CLONE_INTO_CGROUP, 0, 0, 0, _SIGCHLD, 0, 0, 0, 0, 0, cgroup)
+    pid: int = _locked.syscall(ctypes.c_long(_SYS_CLONE3), arguments, ctypes.c_long(len(arguments)))
+    if pid < 0:
+        _raise()
+    return pid
+
+
+_SIGCHLD = 17
+
+
+def prctl(option: int, arg2: int = 0, arg3: int = 0, arg4: int = 0, arg5: int = 0) -> int:
+    """prctl(2)."""
+    result: int = _c.prctl(option, arg2, arg3, arg4, arg5)
+    if result < 0:
+        _raise()
+    return result
+
+
+def capability_mask(names: Iterable[str]) -> int:
+    """The bits of capabilities by name, with or without `CAP_`, in any case.  Raises ValueError naming it."""
+    mask = 0
+    for name in names:
+        full = name.upper()
+        full = full if full.startswith("CAP_") else f"CAP_{full}"
+        mask |= 1 << CAPABILITIES.index(full) if full in CAPABILITIES else _unknown(name)
+    return mask
+
+
+def _unknown(name: str) -> int:
+    raise ValueError(name)
+
+
+def capset(effective: int, permitted: int, inheritable: int) -> None:
+    """Set the calling process's capability sets from bit masks."""
+    sets = (effective, permitted, inheritable)
+    low, high = ([s & 0xFFFFFFFF for s in sets], [s >> 32 for s in sets])
+    if _c.capset(struct.pack("=Ii", _CAP_VERSION_3, 0), struct.pack("=6I", *low, *high)) < 0:
+        _raise()
+
+
+def capget() -> tuple[int, int, int]:
+    """`(effective, permitted, inheritable)` of the calling process as bit masks."""
+    data = ctypes.create_string_buffer(24)
+    if _c.capget(struct.pack("=Ii", _CAP_VERSION_3, 0), data) < 0:
+        _raise()
+    words = struct.unpack("=6I", data.raw)
+    return words[0] | words[3] << 32, words[1] | words[4] << 32, words[2] | words[5] << 32
+
+
+def last_capability() -> int:
+    """The number of the highest capability that this kernel knows."""
+    with open("/proc/sys/kernel/cap_last_cap", "rb") as file:
+        return int(file.read())
+
+
+def signalfd(signals: Iterable[int]) -> int:
+    """A non-blocking descriptor that reports these (blocked) signals, SIGNALFD_SIGINFO_SIZE bytes each."""
+    mask = sum(1 << (number - 1) for number in signals)
+    fd: int = _c.signalfd(-1, struct.pack("=Q", mask) + bytes(120), SFD_NONBLOCK | SFD_CLOEXEC)
+    if fd < 0:
+        _raise()
+    return fd
+
+
+def sethostname(name: str) -> None:
+    """Set the host name of the UTS namespace."""
+    raw = name.encode()
+    if _c.sethostname(raw, len(raw)) < 0:
+        _raise()
+
+
+def reboot(command: int) -> None:
+    """RB_AUTOBOOT, RB_POWER_OFF or RB_DISABLE_CAD.  Does not sync."""
+    if _c.reboot(ctypes.c_int(command & 0xFFFFFFFF).value) < 0:
+        _raise()
+
+
+def add_entropy(data: bytes) -> None:
+    """Credit `data` to the kernel's random pool and make its generator start anew from it at once."""
+    fd = os.open("/dev/urandom", os.O_WRONLY | os.O_CLOEXEC)
+    try:
+        ioctl(fd, RNDADDENTROPY, struct.pack("=ii", len(data) * 8, len(data)) + data)
+        ioctl(fd, RNDRESEEDCRNG)
+    finally:
+        os.close(fd)
+
+
+def interface_up(name: str) -> None:
+    """Set a network interface up."""
+    import _socket  # noqa: PLC0415 - not `socket`, which imports enum and selectors
+
+    with _socket.socket(_socket.AF_INET, _socket.SOCK_DGRAM | _socket.SOCK_CLOEXEC) as control:
+        request = struct.pack("=16sH22x", name.encode(), 0)
+        flags = struct.unpack_from("=16sH", ioctl(control.fileno(), SIOCGIFFLAGS, request))[1]
+        ioctl(control.fileno(), SIOCSIFFLAGS, struct.pack("=16sH22x", name.encode(), flags | IFF_UP))

@@ -1,0 +1,143 @@
+"""One epoll loop for everything the agent waits for: descriptors, timers, and work for the end of a round.
+
+Rule: nothing that it calls may block.  What may (a file system, a mount, a lookup) goes to `children.run`.
+
+A callback gets the mask of events.  It must bear being called for nothing: when a descriptor is removed and its
+number used again within one round, the new owner may see the old one's event.  An exception of a callback is
+handed to `on_error` and the loop goes on.  The loop sleeps until something happens: no timer, no wake-up.
+"""
+
+from __future__ import annotations
+
+import heapq
+import select
+from time import monotonic
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+EPOLLIN = select.EPOLLIN
+EPOLLOUT = select.EPOLLOUT
+EPOLLERR = select.EPOLLERR
+EPOLLHUP = select.EPOLLHUP
+EPOLLET = select.EPOLLET
+EPOLLPRI = select.EPOLLPRI
+
+#: Events taken per round: small enough that the channel is served often while many processes are busy.
+MAX_EVENTS = 64
+
+
+def _ignore() -> None:
+    """What a round's hooks are until someone sets them."""
+
+
+class Timer:
+    """A call that is due at `when` (monotonic seconds)."""
+
+    __slots__ = ("callback", "when")
+
+    def __init__(self, when: float, callback: Callable[[], object]) -> None:
+        self.when = when
+        self.callback: Callable[[], object] | None = callback
+
+    def cancel(self) -> None:
+        """Never call it.  Harmless when repeated or too late."""
+        self.callback = None
+
+    def __lt__(self, other: Timer) -> bool:
+        return self.when < other.when
+
+
+class Loop:
+    """See the module's text."""
+
+    def __init__(self, on_error: Callable[[Exception], object]) -> None:
+        self._on_error = on_error
+        self._epoll = select.epoll()
+        self._callbacks: dict[int, Callable[[int], object]] = {}
+        self._timers: list[Timer] = []
+        self._soon: list[Callable[[], object]] = []
+        self._running = False
+        #: Called when events have come in, before their callbacks; and when all of a round's are done.
+        self.begin_round: Callable[[], object] = _ignore
+        self.end_round: Callable[[], object] = _ignore
+
+    def add(self, fd: int, mask: int, callback: Callable[[int], object]) -> None:
+        """Call `callback(mask)` when `fd` has one of the events; EPOLLHUP and EPOLLERR always count."""
+        self._epoll.register(fd, mask)
+        self._callbacks[fd] = callback
+
+    def modify(self, fd: int, mask: int) -> None:
+        """Wait for other events on `fd`."""
+        self._epoll.modify(fd, mask)
+
+    def remove(self, fd: int) -> None:
+        """Forget `fd`; call it before closing it.  Harmless when it is not known."""
+        if self._callbacks.pop(fd, None) is not None:
+            self._epoll.unregister(fd)
+
+    def call_later(self, seconds: float, callback: Callable[[], object]) -> Timer:
+        """Call it once, `seconds` from now."""
+        timer = Timer(monotonic() + seconds, callback)
+        heapq.heappush(self._timers, timer)
+        return timer
+
+    def call_soon(self, callback: Callable[[], object]) -> None:
+        """Call it once, after the callbacks of this round (and of another one before it, if events wait)."""
+        self._soon.append(callback)
+
+    def stop(self) -> None:
+        """Make `run` return after this round."""
+        self._running = False
+
+    def run(self) -> None:
+        """Serve until `stop`."""
+        self._running = True
+        self._round([])
+        while self._running:
+            events = self._epoll.poll(self._patience(), MAX_EVENTS)
+            self.begin_round()
+            self._round(events)
+
+    def close(self) -> None:
+        """Release the epoll descriptor."""
+        self._epoll.close()
+
+    def _patience(self) -> float:
+        """Seconds to sleep: until the next timer, 0 when work waits, -1 for ever."""
+        if self._soon:
+            return 0
+        timers = self._timers
+        while timers and timers[0].callback is None:
+            heapq.heappop(timers)
+        return max(0.0, timers[0].when - monotonic()) if timers else -1
+
+    def _round(self, events: list[tuple[int, int]]) -> None:
+        callbacks = self._callbacks
+        for fd, mask in events:
+            callback = callbacks.get(fd)
+            if callback is not None:
+                try:
+                    callback(mask)
+                except Exception as error:
+                    self._on_error(error)
+        if self._timers:
+            self._run_timers()
+        soon, self._soon = self._soon, []
+        for call in soon:
+            self._guarded(call)
+        self._guarded(self.end_round)
+
+    def _run_timers(self) -> None:
+        now = monotonic()
+        while self._timers and self._timers[0].when <= now:
+            callback = heapq.heappop(self._timers).callback
+            if callback is not None:
+                self._guarded(callback)
+
+    def _guarded(self, call: Callable[[], object]) -> None:
+        try:
+            call()
+        except Exception as error:
+            self._on_error(error)

@@ -1,0 +1,7 @@
+"""`python -m byre` is `byre`."""
+
+import sys
+
+from byre.cli import main
+
+sys.exit(main())

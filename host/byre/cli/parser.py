@@ -1,0 +1,272 @@
+"""What can be typed: commands, flags and their help.  Nothing here runs anything.
+
+Options end where the image (or the command) begins, as container users expect: what follows belongs to the command.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+TYPE_CHECKING = False  # the typing module is not needed to print a version
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from typing import NoReturn
+
+DEFAULT_VM = "default"  # as byre.rundir has it; a test compares them
+
+_WHICH_VM = """\
+which VM: the one that --in names; else the VM "default" while it is up (byre up); else a VM of the command's own,
+which is booted for it and ends with it.  --fresh always takes a VM of its own.  With a terminal on stderr, or -v, byre
+says which.  -d needs a VM that stays: where "default" is not up, it is brought up and left up."""
+
+_STATUS = """\
+exit status: the command's own; 128+n when signal n killed it; 124 after --timeout; 125 an error of byre's own; 126 the
+command is not executable; 127 it is not found; 2 usage error.
+
+signals: with -t Ctrl-C is a byte for the terminal inside.  Without -t SIGINT, SIGTERM, SIGHUP and SIGQUIT are passed
+on; the second SIGINT, SIGTERM or SIGQUIT kills, the third leaves at once."""
+
+_RUN = """\
+Run a command in a new container, or (--vm) in the virtual machine itself.
+
+    byre run oci:PATH[:TAG] [--] [COMMAND...]    PATH: an OCI layout directory, an OCI or docker archive
+    byre run --vm [--] COMMAND..."""
+
+_EXEC = """\
+Run a command in a container that is there, or (--vm) in a VM that is up.
+
+    byre exec CONTAINER [--] COMMAND...
+    byre exec --vm [--] COMMAND...
+
+If byre itself is killed (SIGKILL), the command it had started is killed too, with its whole process tree.  Containers
+that `byre run` started go on, as container users expect."""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with byre's form of errors: one line, a hint, status 2."""
+
+    def error(self, message: str) -> NoReturn:
+        print(f"byre: error: {message}", file=sys.stderr)
+        print(f"hint: {self.prog} --help", file=sys.stderr)
+        raise SystemExit(2)
+
+
+class Version(argparse.Action):
+    """--version, looked up only when asked for: importlib.metadata is slow to import."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object, **__: object) -> NoReturn:
+        from importlib import metadata
+
+        try:
+            version = metadata.version("byre")
+        except metadata.PackageNotFoundError:
+            version = "(not installed)"
+        print(f"byre {version}")
+        parser.exit()
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """The arguments as a namespace; `command` is "module:function" of byre.cli.  Exits with 2 on a usage error."""
+    parser = build()
+    arguments = parser.parse_args(argv)
+    if "command_line" in arguments:
+        _split_command(arguments)
+    return arguments
+
+
+def build() -> Parser:
+    """The parser of all commands."""
+    parser = Parser("byre", description="Linux containers inside a utility virtual machine.", allow_abbrev=False)
+    parser.add_argument("--version", nargs=0, action=Version, help="print the version and exit")
+    _common(parser, default=False)
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=Parser)
+
+    def add(name: str, command: str, text: str, **more: str) -> Parser:
+        sub = commands.add_parser(
+            name,
+            help=text.partition("\n")[0],
+            description=text,
+            allow_abbrev=False,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            **more,
+        )
+        sub.set_defaults(command=command, name_of_command=name, parser=sub)
+        _common(sub, default=argparse.SUPPRESS)
+        return sub
+
+    _run(add("run", "run:run", _RUN, epilog=f"{_WHICH_VM}\n\n{_STATUS}"))
+    _exec(add("exec", "execute:execute", _EXEC, epilog=_STATUS))
+    _shell(add("shell", "execute:shell", "Open a shell in a VM that is up, or (-C) in a container of it."))
+    _up(add("up", "vms:up", "Boot a VM that stays up, in the care of its keeper process, and wait until it is ready."))
+    _down(add("down", "vms:down", "End a VM that is up, with all that runs in it."))
+    add("ps", "vms:ps", "List the VMs that are up, their containers and their processes.")
+    _containers(add)
+    add("doctor", "doctor:doctor", "Say what this host has: accelerator and why, transports, tools, image.")
+    _image(add("image", "image:ls", "Build and look after the guest image that VMs boot from."))
+    return parser
+
+
+def _common(parser: Parser, default: object) -> None:
+    parser.add_argument("--debug", action="store_true", default=default, help="show the traceback of an error")
+    parser.add_argument("-v", "--verbose", action="store_true", default=default, help="say on stderr what is done")
+
+
+def _run(parser: Parser) -> None:
+    _process_flags(parser)
+    add = parser.add_argument
+    add("--vm", action="store_true", help="run in the virtual machine itself, not in a container")
+    add("-d", "--detach", action="store_true", help="leave it running and print the container's id")
+    add("--rm", action="store_true", help="delete the container when it has ended")
+    add("--name", default="", help="id of the container; a random one without it")
+    add("--in", dest="vm_name", metavar="VM", default="", help="run in this VM, which is up")
+    add("--fresh", action="store_true", help="boot a VM for this command even while another one is up")
+    add("-m", "--memory", type=size, metavar="BYTES", help="memory limit, as 512m or 2g (--vm: size of the VM)")
+    add("--cpus", type=_positive_float, metavar="N", help="processors' worth of time (--vm: how many the VM has)")
+    add("--pids-limit", type=int, metavar="N", help="most processes and threads at once; -1 for no limit")
+    add("--entrypoint", metavar="PROGRAM", help="run this instead of the image's entrypoint")
+    add("--read-only", action="store_true", help="the container cannot write its root file system")
+    add("--privileged", action="store_true", help="all capabilities and devices: the VM is the boundary")
+    add("--cap-add", action="append", default=[], metavar="CAP", help="one capability more")
+    add("--cap-drop", action="append", default=[], metavar="CAP", help="one capability less; ALL for none")
+    add("--allow-new-privileges", action="store_true", help="let set-user-id programs work (no_new_privileges off)")
+    _command(parser, "[IMAGE] [--] [COMMAND...]")
+
+
+def _exec(parser: Parser) -> None:
+    _process_flags(parser)
+    parser.add_argument("--vm", action="store_true", help="run in the virtual machine itself")
+    _in(parser)
+    _command(parser, "[CONTAINER] [--] COMMAND...")
+
+
+def _shell(parser: Parser) -> None:
+    parser.add_argument("name", nargs="?", default=DEFAULT_VM, metavar="NAME", help="the VM (%(default)s)")
+    parser.add_argument("-C", "--container", default="", metavar="ID", help="in this container")
+    parser.add_argument("-u", "--user", default="", help="as uid, uid:gid, name or name:group")
+
+
+def _process_flags(parser: Parser) -> None:
+    add = parser.add_argument
+    add("-i", "--interactive", action="store_true", help="pass stdin on; without it stdin is empty")
+    add("-t", "--tty", action="store_true", help="with a terminal")
+    add("-e", "--env", action="append", default=[], metavar="NAME[=VALUE]", help="set, or pass on, a variable")
+    add("-w", "--workdir", default="", metavar="PATH", help="working directory inside")
+    add("-u", "--user", default="", help="as uid, uid:gid, name or name:group, looked up inside")
+    add("--timeout", type=_positive_float, metavar="SECONDS", help="kill it, with its process tree, after this time")
+
+
+def _command(parser: Parser, shown: str) -> None:
+    parser.add_argument("command_line", nargs=argparse.REMAINDER, metavar=shown)
+
+
+def _in(parser: Parser) -> None:
+    parser.add_argument("--in", dest="vm_name", metavar="VM", default=DEFAULT_VM, help="the VM (%(default)s)")
+
+
+def _up(parser: Parser) -> None:
+    add = parser.add_argument
+    add("name", nargs="?", default=DEFAULT_VM, metavar="NAME", help="its name (%(default)s)")
+    add("-m", "--memory", type=size, metavar="BYTES", help="memory of the VM, as 512m or 2g")
+    add("--cpus", type=int, metavar="N", help="processors of the VM")
+    add("--accelerator", choices=("auto", "kvm", "tcg"), default="auto", help="require one (%(default)s)")
+    add("--machine", choices=("auto", "microvm", "pc", "q35"), default="auto", help="require one (%(default)s)")
+    add("--transport", choices=("auto", "virtio-serial", "vsock"), default="auto", help="require one (%(default)s)")
+    add("--timeout", type=_positive_float, metavar="SECONDS", help="time to boot; by default what this host needs")
+
+
+def _down(parser: Parser) -> None:
+    parser.add_argument("name", nargs="?", default=DEFAULT_VM, metavar="NAME", help="the VM (%(default)s)")
+    parser.add_argument(
+        "--timeout", type=_positive_float, default=10.0, metavar="SECONDS", help="then by force (%(default)s)"
+    )
+
+
+def _containers(add: object) -> None:
+    assert callable(add)
+    for name, text in (
+        ("stop", "Stop containers: their stop signal, and SIGKILL after a time."),
+        ("rm", "Delete containers that have ended."),
+        ("logs", "Print what a container without a reader wrote (the last part, bounded)."),
+    ):
+        parser = add(name, f"containers:{name}", text)
+        _in(parser)
+        if name == "stop":
+            parser.add_argument(
+                "-t", "--time", type=_positive_float, default=10.0, metavar="SECONDS", help="patience (%(default)s)"
+            )
+        if name == "rm":
+            parser.add_argument("-f", "--force", action="store_true", help="kill those that run")
+        many = {} if name == "logs" else {"nargs": "+"}
+        parser.add_argument("containers", metavar="CONTAINER", **many)
+
+
+def _image(parser: Parser) -> None:
+    actions = parser.add_subparsers(title="actions", metavar="ACTION", required=True, parser_class=Parser)
+
+    def add(name: str, text: str) -> Parser:
+        sub = actions.add_parser(name, help=text, description=text, allow_abbrev=False)
+        sub.set_defaults(command=f"image:{name}", parser=sub)
+        _common(sub, default=argparse.SUPPRESS)
+        return sub
+
+    add("build", "Build the guest image from Debian packages, or find the one that is built.")
+    add("ls", "List the images that are built.")
+    add("verify", "Compare an image's files with its manifest.")
+    add("export", "Write the image to one file, for hosts that cannot build it.").add_argument("file", metavar="FILE")
+    add("import", "Take in a file that `byre image export` wrote.").add_argument("file", metavar="FILE")
+
+
+def _split_command(arguments: argparse.Namespace) -> None:
+    """Cut REMAINDER into what it names (an image or a container) and the command; drop one "--" before each."""
+    words = list(arguments.command_line)
+    parser, what = arguments.parser, "an image" if arguments.name_of_command == "run" else "a container"
+    if words[:1] == ["--"]:
+        del words[0]
+    arguments.target = ""
+    if not arguments.vm:
+        if not words:
+            parser.error(f"{what} is needed, or --vm")
+        arguments.target = words.pop(0)
+        if words[:1] == ["--"]:
+            del words[0]
+    arguments.command_line = words
+    if not words and (arguments.vm or arguments.name_of_command == "exec"):
+        parser.error("a command is needed")
+    if arguments.name_of_command == "run":
+        _check_run(arguments)
+
+
+def _check_run(arguments: argparse.Namespace) -> None:
+    """Flags that exclude each other."""
+    error = arguments.parser.error
+    if arguments.fresh and (arguments.vm_name or arguments.detach):
+        error("--fresh takes a VM of its own: not with --in or -d")
+    if arguments.detach and (arguments.interactive or arguments.tty):
+        error("-d leaves nobody at the container's terminal or stdin: not with -i or -t")
+    if arguments.detach and arguments.timeout:
+        error("--timeout needs somebody who waits: not with -d")
+    if not arguments.vm:
+        return
+    for flag in ("detach", "rm", "name", "pids_limit", "entrypoint", "read_only", "privileged", "cap_add", "cap_drop"):
+        if getattr(arguments, flag):
+            error(f"--{flag.replace('_', '-')} is about a container: not with --vm")
+
+
+def size(text: str) -> int:
+    """Bytes, from a number with an optional unit b, k, m, g or t (powers of 1024)."""
+    digits, unit = (text[:-1], text[-1:].lower()) if text[-1:].isalpha() else (text, "b")
+    scale = {"b": 0, "k": 10, "m": 20, "g": 30, "t": 40}.get(unit)
+    if scale is None or not digits.isascii() or not digits.isdecimal() or not int(digits):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 512m or 2g")
+    return int(digits) << scale
+
+
+def _positive_float(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    return value

@@ -1,0 +1,141 @@
+"""Which disk is on which place of a machine's SCSI bus, and how many want it there (B60, B62).
+
+Rule: a place is free, or taken by one file, or lost (its removal failed, so nobody may have it again).  Adding and
+removing themselves are the machine's; this table only says when.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import stat
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from byre.errors import InvalidRequest, MachineFailed, ResourceExhausted
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+    from pathlib import Path
+
+#: One disk per SCSI target; QEMU's virtio-scsi controller has targets 0 to 255, each with LUN 0.
+MAX_DISKS = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class Disk:
+    """A hot-added disk: in the guest SCSI 0:0:``target``:``lun``, with ``serial`` in its VPD page 0x80."""
+
+    target: int
+    lun: int
+    path: Path
+    serial: str
+    read_only: bool
+
+
+@dataclass
+class _Place:
+    disk: Disk
+    identity: tuple[int, int]
+    references: int = 0
+    plugged: bool = False
+    lost: bool = False
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+
+class DiskTable:
+    """The disks of one machine.  `plug` and `unplug` do the work; `unplug` also tidies after a failed `plug`."""
+
+    def __init__(self, plug: Callable[[Disk], Awaitable[None]], unplug: Callable[[Disk], Awaitable[None]]) -> None:
+        self._plug = plug
+        self._unplug = unplug
+        self._places: dict[tuple[int, int], _Place] = {}
+        self._free = list(range(MAX_DISKS - 1, -1, -1))
+        self._serials = itertools.count(1)
+
+    async def attach(self, path: Path, *, read_only: bool) -> Disk:
+        """See `Machine.attach_disk`."""
+        place = self._place_of(path, read_only)
+        place.references += 1
+        try:
+            async with place.lock:
+                if not place.plugged:
+                    await self._plug_or_tidy(place)
+        except BaseException:
+            self._let_go(place)
+            raise
+        return place.disk
+
+    async def detach(self, disk: Disk) -> None:
+        """See `Machine.detach_disk`."""
+        place = next((p for p in self._places.values() if p.disk is disk), None)
+        if place is None or not place.plugged:
+            raise InvalidRequest(f"the disk {disk.path} is not attached")
+        if place.references > 1:
+            place.references -= 1
+            return
+        try:
+            async with place.lock:
+                if place.references == 1:  # nobody asked for it while this waited
+                    await self._remove(place)
+        finally:
+            self._let_go(place)
+
+    async def _plug_or_tidy(self, place: _Place) -> None:
+        try:
+            await self._plug(place.disk)
+        except BaseException:
+            await self._remove(place)
+            raise
+        place.plugged = True
+
+    async def _remove(self, place: _Place) -> None:
+        """Unplug to the end, also when cancelled: half a removal is worse than a late cancellation."""
+        place.plugged = False
+        work = asyncio.ensure_future(self._unplug(place.disk))
+        cancelled: asyncio.CancelledError | None = None
+        while not work.done():
+            try:
+                await asyncio.wait({work})
+            except asyncio.CancelledError as error:
+                cancelled = error
+        place.lost = work.cancelled() or work.exception() is not None
+        if cancelled is not None:
+            raise cancelled
+        work.result()
+
+    def _place_of(self, path: Path, read_only: bool) -> _Place:
+        identity = _identity(path)
+        place = self._places.get(identity)
+        if place is None:
+            if not self._free:
+                raise ResourceExhausted(
+                    f"no place for another disk: all {MAX_DISKS} are taken", hint="use another virtual machine"
+                )
+            serial = f"byre{next(self._serials)}"
+            disk = Disk(target=self._free.pop(), lun=0, path=path, serial=serial, read_only=read_only)
+            place = self._places[identity] = _Place(disk, identity)
+        elif place.disk.read_only != read_only:
+            held = "read-only" if place.disk.read_only else "writable"
+            raise InvalidRequest(f"{path} is attached already, {held}", hint="detach it first")
+        return place
+
+    def _let_go(self, place: _Place) -> None:
+        place.references -= 1
+        if not place.references:
+            del self._places[place.identity]
+            if not place.lost:
+                self._free.append(place.disk.target)
+
+
+def _identity(path: Path) -> tuple[int, int]:
+    """What makes two paths the same disk.  Only files and block devices: QEMU would block opening a FIFO."""
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise MachineFailed(f"cannot attach the disk {path}: {error.strerror}", path=str(path)) from error
+    if stat.S_ISBLK(status.st_mode):
+        return status.st_rdev, 0
+    if not stat.S_ISREG(status.st_mode):
+        raise InvalidRequest(f"{path} is neither a file nor a block device", path=str(path))
+    return status.st_dev, status.st_ino

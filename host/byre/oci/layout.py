@@ -1,0 +1,267 @@
+"""Finds a container image by its reference: OCI layouts, OCI archives and docker archives.
+
+Rule: what this returns was checked against its digests, except the layers' blobs, which are large and are checked
+when they are converted.  Nothing is fetched: the hint of a reference to a registry says how.
+Source: OCI image-spec v1.1 `image-layout.md`, `image-index.md`, `manifest.md`; containers-transports(5).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+from byre.errors import ImageInvalid, ImageNotFound
+from byre.oci import blobs
+from byre.oci.blobs import Archive, Directory, Files
+from byre.oci.image import (
+    MAX_DOCUMENT,
+    MAX_LAYERS,
+    ContainerImage,
+    ImageConfig,
+    LayerSource,
+    check_digest,
+    get,
+    parse_config,
+)
+from byre.oci.tarstream import show
+
+__all__ = ["ContainerImage", "ImageConfig", "LayerSource", "open_image"]
+
+#: What the guest runs.
+OS, ARCHITECTURE = "linux", "amd64"
+#: Indexes in indexes; the specification sets no bound, real ones have two levels.
+MAX_INDEX_DEPTH = 4
+
+_OCI, _DOCKER = "application/vnd.oci.image.", "application/vnd.docker."
+_INDEXES = {_OCI + "index.v1+json", _DOCKER + "distribution.manifest.list.v2+json"}
+_MANIFESTS = {_OCI + "manifest.v1+json", _DOCKER + "distribution.manifest.v2+json"}
+_LAYERS = {
+    *(_OCI + "layer." + rest for rest in ("v1.tar", "v1.tar+gzip", "v1.tar+zstd")),
+    *(_OCI + "layer.nondistributable." + rest for rest in ("v1.tar", "v1.tar+gzip", "v1.tar+zstd")),
+    *(_DOCKER + "image.rootfs." + rest for rest in ("diff.tar", "diff.tar.gzip", "diff.tar.zstd", "foreign.diff.tar.gzip")),
+}
+_REF_NAME = "org.opencontainers.image.ref.name"
+_FETCH = "to fetch an image: skopeo copy docker://docker.io/library/debian:stable-slim oci:debian"
+
+
+@contextmanager
+def open_image(reference: str) -> Iterator[ContainerImage]:
+    """The image at `reference`: ``oci:PATH[:TAG]`` (a layout directory or its archive), ``oci-archive:PATH[:TAG]``,
+    ``docker-archive:PATH[:NAME[:TAG]]``, or a plain ``PATH[:TAG]`` of any of them.
+
+    The layers can be read until the context ends.  Of an image for several platforms it is linux/amd64.
+    Raises ImageNotFound (no such path, tag or platform) and ImageInvalid.
+    """
+    transport, path, tag = _parse(reference)
+    with ExitStack() as keep:
+        files: Files = Directory(path) if path.is_dir() else Archive(path, keep)
+        if files.size("oci-layout") is not None and transport != "docker-archive":
+            yield _from_layout(files, reference, tag)
+        elif files.size("manifest.json") is not None and transport in ("docker-archive", "") and not path.is_dir():
+            yield _from_docker(files, reference, tag)
+        else:
+            raise ImageInvalid(f"{path} is no {transport or 'container'} image: it has no "
+                               + ("manifest.json" if transport == "docker-archive" else "oci-layout"),
+                               hint="skopeo copy converts between the kinds of image; " + _FETCH)
+
+
+def _parse(reference: str) -> tuple[str, Path, str]:
+    """`(transport, path, tag)`; the path is the longest beginning that exists, for both may have colons in them."""
+    transport, colon, rest = reference.partition(":")
+    if not colon or transport not in ("oci", "oci-archive", "docker-archive"):
+        transport, rest = "", reference
+    if "\0" in rest or not rest:
+        raise ImageNotFound(f"{show(reference)} is no image reference", hint="give oci:PATH[:TAG]; " + _FETCH)
+    end = len(rest)
+    while end > 0:
+        path = Path(rest[:end])
+        if _exists(path):
+            return transport, path, rest[end + 1 :]
+        end = rest.rfind(":", 0, end)
+    raise ImageNotFound(f"there is no image at {show(rest)}", hint=_FETCH, reference=reference)
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.is_dir() or path.is_file()
+    except OSError as error:
+        raise ImageNotFound(f"{path} cannot be read: {error.strerror}") from error
+
+
+# -- OCI ---------------------------------------------------------------------------------------------------------------
+
+
+def _from_layout(files: Files, reference: str, tag: str) -> ContainerImage:
+    layout = _json(blobs.read(files, "oci-layout", MAX_DOCUMENT), "oci-layout")
+    version = get(layout, "imageLayoutVersion", str, "oci-layout")
+    if version != "1.0.0":
+        raise ImageInvalid(f"the layout has the version {show(version)}; only 1.0.0 is known")
+    index = _json(blobs.read(files, "index.json", MAX_DOCUMENT), "index.json")
+    entries = [d for d in get(index, "manifests", list, "index.json") if _is_image(d)]
+    descriptor = _platform(_tagged(entries, reference, tag), reference)
+    for _ in range(MAX_INDEX_DEPTH):
+        if descriptor.get("mediaType") not in _INDEXES:
+            return _from_manifest(files, reference, descriptor)
+        nested = _json(_blob(files, descriptor, "the index"), "the index")
+        found = [d for d in get(nested, "manifests", list, "the index") if _is_image(d)]
+        descriptor = _platform(found, reference)
+    raise ImageInvalid(f"the image's indexes are nested deeper than {MAX_INDEX_DEPTH}")
+
+
+def _is_image(descriptor: Any) -> bool:
+    """Whether it may be an image's manifest or an index of them; buildkit's attestations are for unknown/unknown."""
+    check_digest(get(descriptor, "digest", str, "a descriptor"), "a descriptor")
+    platform = get(descriptor, "platform", dict, "a descriptor", {})
+    media_type = get(descriptor, "mediaType", str, "a descriptor", _OCI + "manifest.v1+json")
+    return media_type in _INDEXES | _MANIFESTS and platform.get("os") != "unknown"
+
+
+def _tag(descriptor: dict[str, Any]) -> str:
+    name: str = get(get(descriptor, "annotations", dict, "a descriptor", {}), _REF_NAME, str, "a descriptor", "")
+    return name
+
+
+def _tagged(entries: list[dict[str, Any]], reference: str, tag: str) -> list[dict[str, Any]]:
+    """The descriptors that `tag` names: those of one image, which may be there for several platforms."""
+    tags = sorted({_tag(d) for d in entries} - {""})
+    listed = "its tags are " + ", ".join(show(name) for name in tags) if tags else "it has no tags"
+    if tag:
+        entries = [d for d in entries if _tag(d) == tag] or [d for d in entries if _tag(d).endswith(":" + tag)]
+        if not entries:
+            raise ImageNotFound(f"the image layout has no tag {show(tag)}", hint=listed, tags=tags, reference=reference)
+    if not entries:
+        raise ImageNotFound("the image layout is empty", hint=_FETCH, reference=reference)
+    if len({_tag(d) for d in entries}) > 1 and len({d.get("digest") for d in entries}) > 1:
+        raise ImageNotFound("the layout has several images", hint=f"add :TAG; {listed}", tags=tags, reference=reference)
+    return entries
+
+
+def _platform(entries: list[dict[str, Any]], reference: str) -> dict[str, Any]:
+    """The one descriptor for the guest's platform; one that names no platform is judged by its configuration."""
+    names = [_platform_name(d) for d in entries]
+    fitting = [d for d, name in zip(entries, names, strict=True) if name in ("", f"{OS}/{ARCHITECTURE}")]
+    if not fitting:
+        raise _no_platform(sorted(set(names)), reference)
+    if len({d.get("digest") for d in fitting}) > 1:
+        exact = [d for d in fitting if _platform_name(d)]
+        if len({d.get("digest") for d in exact}) != 1:
+            raise ImageNotFound("the layout has several images that no tag tells apart",
+                                hint="copy the one you mean into a layout of its own with skopeo copy")
+        fitting = exact
+    return fitting[0]
+
+
+def _platform_name(descriptor: dict[str, Any]) -> str:
+    platform = get(descriptor, "platform", dict, "a descriptor", {})
+    return f"{platform.get('os')}/{platform.get('architecture')}" if platform else ""
+
+
+def _no_platform(names: list[str], reference: str) -> ImageNotFound:
+    listed = ", ".join(show(name) for name in names) or "no platform"
+    return ImageNotFound(f"the image is for {listed}, and the guest is {OS}/{ARCHITECTURE}",
+                         hint=f"fetch it with skopeo --override-arch {ARCHITECTURE} copy …", reference=reference)
+
+
+def _from_manifest(files: Files, reference: str, descriptor: dict[str, Any]) -> ContainerImage:
+    raw = _blob(files, descriptor, "the manifest")
+    manifest = _json(raw, "the manifest")
+    config_descriptor = get(manifest, "config", dict, "the manifest")
+    config = parse_config(_json(_blob(files, config_descriptor, "the configuration"), "the image's configuration"))
+    described = get(manifest, "layers", list, "the manifest")
+    _check_image(config, len(described), reference)
+    layers = [_layer(files, d, diff_id) for d, diff_id in zip(described, config.diff_ids, strict=True)]
+    return ContainerImage(reference, descriptor["digest"], config, layers)
+
+
+def _layer(files: Files, descriptor: Any, diff_id: str) -> LayerSource:
+    media_type = get(descriptor, "mediaType", str, "a layer")
+    digest = check_digest(get(descriptor, "digest", str, "a layer"), "a layer")
+    if media_type not in _LAYERS:
+        raise ImageInvalid(f"the layer {digest} has the media type {show(media_type)}, which is not known",
+                           hint="copy the image anew with skopeo copy --format oci")
+    name, size = _locate(files, descriptor, "a layer")
+    return LayerSource(digest, media_type, size, diff_id, lambda: files.open(name))
+
+
+def _locate(files: Files, descriptor: Any, what: str) -> tuple[str, int]:
+    """`(name, size)` of the blob, whose size is as described."""
+    algorithm, _, encoded = check_digest(get(descriptor, "digest", str, what), what).partition(":")
+    name = f"blobs/{algorithm}/{encoded}"
+    size, expected = files.size(name), get(descriptor, "size", int, what)
+    if size is None:
+        raise ImageInvalid(f"the image lacks the blob {algorithm}:{encoded} of {what}", hint="copy the image anew")
+    if size != expected:
+        raise ImageInvalid(f"the blob {algorithm}:{encoded} of {what} has {size} bytes instead of {expected}",
+                           hint="the image was cut off or changed: copy it anew")
+    return name, size
+
+
+def _blob(files: Files, descriptor: Any, what: str) -> bytes:
+    """A document's bytes, checked against the digest that its descriptor has."""
+    name, _ = _locate(files, descriptor, what)
+    data = blobs.read(files, name, MAX_DOCUMENT)
+    algorithm, _, encoded = descriptor["digest"].partition(":")
+    if hashlib.new(algorithm, data).hexdigest() != encoded:
+        raise ImageInvalid(f"{what} does not have its digest {descriptor['digest']}",
+                           hint="the image was changed or damaged: copy it anew")
+    return data
+
+
+def _check_image(config: ImageConfig, layers: int, reference: str) -> None:
+    if (config.os, config.architecture) != (OS, ARCHITECTURE):
+        raise _no_platform([f"{config.os}/{config.architecture}"], reference)
+    if layers != len(config.diff_ids):
+        raise ImageInvalid(f"the image has {layers} layers and {len(config.diff_ids)} diff_ids")
+    if not layers:
+        raise ImageInvalid("the image has no layers, so there is nothing to run in it")
+    if layers > MAX_LAYERS:
+        raise ImageInvalid(f"the image has {layers} layers; an overlay takes {MAX_LAYERS}",
+                           hint="flatten the image, for example with docker export and docker import")
+
+
+def _json(data: bytes, what: str) -> Any:
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise ImageInvalid(f"{what} is not JSON: {str(error)[:200]}") from None
+
+
+# -- docker save -------------------------------------------------------------------------------------------------------
+
+
+def _from_docker(files: Files, reference: str, tag: str) -> ContainerImage:
+    what = "manifest.json"
+    document = _json(blobs.read(files, what, MAX_DOCUMENT), what)
+    if not isinstance(document, list):
+        raise ImageInvalid(f"{what} is not a list")
+    entries = [item for item in document if not tag or _named(item, tag)]
+    tags = sorted({str(name) for item in document for name in get(item, "RepoTags", list, what, [])})
+    listed = "it has " + (", ".join(show(name) for name in tags) or "no names")
+    if len(entries) != 1:
+        missing = f"no image {show(tag)}" if tag else f"{len(entries)} images"
+        raise ImageNotFound(f"the docker archive has {missing}", hint=f"{listed}; give :NAME:TAG", tags=tags)
+    raw = blobs.read(files, get(entries[0], "Config", str, what), MAX_DOCUMENT)
+    config = parse_config(_json(raw, "the image's configuration"))
+    names = get(entries[0], "Layers", list, what)
+    _check_image(config, len(names), reference)
+    layers = [_docker_layer(files, name, diff_id) for name, diff_id in zip(names, config.diff_ids, strict=True)]
+    return ContainerImage(reference, "sha256:" + hashlib.sha256(raw).hexdigest(), config, layers)
+
+
+def _named(item: Any, tag: str) -> bool:
+    """Whether `tag` names it as users write names: without the registry, and `latest` left out."""
+    wanted = {tag, f"{tag}:latest"} if ":" not in tag.rpartition("/")[2] else {tag}
+    names = get(item, "RepoTags", list, "manifest.json", [])
+    return any(isinstance(n, str) and (n in wanted or n.removeprefix("docker.io/library/") in wanted) for n in names)
+
+
+def _docker_layer(files: Files, name: Any, diff_id: str) -> LayerSource:
+    size = files.size(name) if isinstance(name, str) else None
+    if size is None:
+        raise ImageInvalid(f"the docker archive lacks its layer {show(str(name))}", hint="save the image anew")
+    # Such an archive has no digest of the blob; the diff_id covers what is in it.
+    return LayerSource("", _DOCKER + "image.rootfs.diff.tar", size, diff_id, lambda: files.open(name))

@@ -1,0 +1,56 @@
+"""A transport turns a machine's channel into a byte stream; what is spoken over it is not its business.
+
+Rule: it owns its descriptors from `open` to `close`, and nothing of it has a name that another process could
+reach, where the kernel allows that.  A stream may begin and end with bytes that are not the peer's (a serial port
+has no connections), which is why the protocol above starts with a magic number and nonces.
+"""
+
+from __future__ import annotations
+
+import abc
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+if TYPE_CHECKING:
+    import socket
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wiring:
+    """What a transport adds to a machine.
+
+    ``handed`` are descriptors for the emulator, inherited under the same numbers; they are the machine's to close.
+    """
+
+    arguments: tuple[str, ...]
+    kernel_argument: str
+    handed: tuple[int, ...]
+
+
+class Transport(abc.ABC):
+    """The channel of one machine."""
+
+    name: ClassVar[str]
+
+    @classmethod
+    @abc.abstractmethod
+    def unavailable(cls) -> str | None:
+        """Why this host cannot have it; None if it can."""
+
+    @property
+    def secret(self) -> bytes | None:
+        """What both ends prove that they know; None where no third party can reach the channel."""
+        return None
+
+    @abc.abstractmethod
+    def open(self, bus: str) -> Wiring:
+        """Take what it needs of the host, for a machine whose virtio devices are called virtio-\\*-``bus`` ("pci" or
+        "device").  TransportUnavailable if that fails.  Called once."""
+
+    @abc.abstractmethod
+    async def connect(self) -> socket.socket:
+        """A connected, non-blocking stream socket, the caller's to close.  May wait for the guest, without end."""
+
+    @abc.abstractmethod
+    def close(self) -> None:
+        """Give everything back.  Harmless when repeated, and before `open`."""

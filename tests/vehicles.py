@@ -1,0 +1,50 @@
+"""The vehicles over which the behaviours are shown: one way each to get a `ProcessHost`.
+
+    local   LocalHost: the agent as a child process, no VM
+    sync    the same through byre.sync, driven from an event loop by threads
+    vm      a VM over virtio-serial, under the emulator
+    user    the same, everything run by an ordinary user       (a second run: python -m tests.user)
+    kvm     a KVM VM over vsock, inside an emulated machine    (a second run: python -m tests.nested)
+
+A run takes its vehicles from BYRE_TEST_VEHICLES; the first three are the default.
+"""
+
+from __future__ import annotations
+
+import os
+
+#: Every vehicle, in the order of the table's columns.
+ALL = ("local", "sync", "vm", "user", "kvm")
+
+#: Vehicles that are a virtual machine, so that containers and the VM's own behaviours can be shown on them.
+MACHINES = ("vm", "user", "kvm")
+
+_NEEDS_VM = "needs a VM"
+_NEEDS_CGROUP = "containers need cgroup v2 and a kernel of their own: a VM"
+
+#: What cannot be shown on a vehicle, and why.  Everything else must be shown.
+NOT_SHOWN: dict[str, dict[str, str]] = {"local": {}, "sync": {}}
+for _vehicle in ("local", "sync"):
+    NOT_SHOWN[_vehicle]["B13"] = _NEEDS_VM
+    NOT_SHOWN[_vehicle].update({f"B{n}": _NEEDS_CGROUP for n in range(20, 31)})
+    NOT_SHOWN[_vehicle].update({"B30a": _NEEDS_CGROUP, "B31": _NEEDS_CGROUP})
+    NOT_SHOWN[_vehicle].update({f"B{n}": _NEEDS_VM for n in (40, 41, 43, 48, 49, 52, 60)})
+
+
+def selected() -> tuple[str, ...]:
+    """The vehicles of this run."""
+    names = os.environ.get("BYRE_TEST_VEHICLES", "local,sync,vm").split(",")
+    unknown = set(names) - set(ALL)
+    if unknown:
+        raise ValueError(f"BYRE_TEST_VEHICLES names {', '.join(sorted(unknown))}; known are {', '.join(ALL)}")
+    return tuple(names)
+
+
+def machine() -> str:
+    """The vehicle of this run that is a virtual machine."""
+    return next((name for name in selected() if name in MACHINES), "vm")
+
+
+def places() -> list[str]:
+    """Where processes are made in this run: each vehicle itself, and a container in those that are machines."""
+    return [p for v in selected() for p in ([v, f"{v}/container"] if v in MACHINES else [v])]
