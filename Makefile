@@ -22,7 +22,7 @@ TEST_PACKAGES := mmdebstrap squashfs-tools attr strace umoci git procps
 
 demo: setup
 	$(BIN)/byre doctor
-	$(BIN)/python examples/demo.py
+	$(BIN)/python -m examples.demo
 
 test: setup-test
 	$(BIN)/python -m pytest $(PYTEST_FLAGS)

@@ -117,26 +117,34 @@ def place(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
-async def host(place: str, request: pytest.FixtureRequest) -> AsyncIterator[Any]:
+def host(place: str, request: pytest.FixtureRequest) -> Any:
     """A `ProcessHost` for each place of this run."""
+    names = {"local": "local_host", "sync": "sync_host"}
+    return request.getfixturevalue("container" if place.endswith("/container") else names.get(place, "vm"))
+
+
+@pytest.fixture
+async def local_host() -> AsyncIterator[Any]:
     import byre
 
-    if place == "local":
-        async with byre.LocalHost() as local:
-            yield local
-    elif place == "sync":
-        from .sync_adapter import SyncHost
+    async with byre.LocalHost() as local:
+        yield local
 
-        async with SyncHost() as sync:
-            yield sync
-    elif place.endswith("/container"):
-        machine = request.getfixturevalue("vm")
-        image = request.getfixturevalue("busybox")
-        async with await machine.create_container(image=image, args=["sleep", "infinity"]) as container:
-            await container.start()
-            yield container
-    else:
-        yield request.getfixturevalue("vm")
+
+@pytest.fixture
+async def sync_host() -> AsyncIterator[Any]:
+    from .sync_adapter import SyncHost
+
+    async with SyncHost() as sync:
+        yield sync
+
+
+@pytest.fixture
+async def container(vm: Any, busybox: str) -> AsyncIterator[Any]:
+    """A running container whose init does nothing."""
+    async with await vm.create_container(image=busybox, args=["sleep", "infinity"]) as running:
+        await running.start()
+        yield running
 
 
 @pytest.fixture(scope="session")

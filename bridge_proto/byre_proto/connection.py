@@ -23,19 +23,21 @@ for every new nonce that it sees.  All before a preface that echoes the own nonc
 
 HELLO carries versions, capabilities, the session id, how much of the session was received, and, where the VM has
 a secret, HMAC-SHA256(secret, side | both nonces | session): each side proves itself before anything is believed.
+
+A wait for the handshake has no end of its own: the program has the clock, and gives up by `close`.
 """
 
 from __future__ import annotations
 
-import hashlib
-import hmac
 import os
 import zlib
+from collections import deque
 
 from . import events, frames, limits
-from .errors import BY_CODE, ByreError, PermissionRefused, from_wire, printable
+from .encoding import pack, text, unpack, unpack_fields
+from .errors import BY_CODE, ByreError, PermissionRefused, ResourceExhausted, from_wire, printable
 from .frames import HEADER_SIZE, FrameBuffer, LocalProtocolError, RemoteProtocolError
-from .session import Session, pack, unpack, unpack_fields
+from .session import Session
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -69,7 +71,19 @@ class ProofRefused(PermissionRefused):
     code = "proof-refused"
 
 
-BY_CODE.update({cls.code: cls for cls in (VersionMismatch, ProofRefused)})
+class SessionLost(ByreError, ConnectionError):
+    """The old session cannot go on over this connection; what was under way in it has no known outcome."""
+
+    code = "session-lost"
+
+
+class ChannelEnded(ByreError, ConnectionError):
+    """The channel ended without a CLOSE: the peer died, or the channel was cut."""
+
+    code = "channel-ended"
+
+
+BY_CODE.update({cls.code: cls for cls in (VersionMismatch, ProofRefused, SessionLost)})
 
 
 def preface(nonce: bytes, echo: bytes) -> bytes:
@@ -81,8 +95,9 @@ def preface(nonce: bytes, echo: bytes) -> bytes:
 class Connection:
     """See the module's text.
 
-    `first` is the side that opened the channel (the host).  `session` is carried over to resume it.  `secret` must
-    be the same bytes on both sides, or None on both.
+    `first` is the side that opened the channel (the host).  `session` is the one to resume; on the second side
+    `.session` is another object once Connected is reported for a session that it did not know.  `secret` must be
+    the same bytes on both sides, or None on both.
     """
 
     def __init__(
@@ -97,8 +112,6 @@ class Connection:
         versions: tuple[int, int] = VERSIONS,
     ) -> None:
         self.session = session if session is not None else Session(first=first)
-        if first and not self.session.id:
-            self.session.id = os.urandom(16)
         self.close_due = False
         self.error: ByreError | None = None
         self._first = first
@@ -113,7 +126,11 @@ class Connection:
         self._noise_seen = 0
         self._frames = FrameBuffer()
         self._handshake = [preface(self._nonce, NO_NONCE)]  # goes out before any frame
+        self._again: deque[tuple[bytes, ...]] = deque()  # frames of a resumed session, before its new ones
         self._events: list[events.Event] = []
+        if first:
+            self.session.id = self.session.id or os.urandom(NONCE_SIZE)
+            self.session.carrier = self._nonce
 
     @property
     def connected(self) -> bool:
@@ -124,26 +141,30 @@ class Connection:
 
     def receive_data(self, data: bytes | bytearray | memoryview) -> None:
         """Take in bytes of any size.  Next: `take_events`, `data_to_send`, `close_due`."""
-        if self._state == OVER:
-            return
         try:
+            self._check_session()
+            if self._state == OVER:
+                return
             if self._state == PREFACE:
-                rest = self._find_preface(bytes(data))
+                rest = self._find_preface(data)
                 if rest is None:
                     return
                 data = rest
-            self._frames.feed(data)
-            for kind, stream, payload in self._frames.frames():
-                self._receive_frame(kind, stream, payload)
-                if self._state == OVER:
-                    return
+            for kind, stream, payload in self._frames.frames(data):
+                if self._state == OPEN and kind != frames.CLOSE:
+                    self.session.receive_frame(kind, stream, payload)
+                else:
+                    self._receive_frame(kind, payload)
+                    if self._state == OVER:
+                        return
+            self._check_session()
         except ByreError as error:
             self._fail(error)
 
     def take_events(self) -> list[events.Event]:
-        """What happened since the last call, oldest first."""
+        """What happened since the last call, oldest first; `Closed` is the last of all."""
         taken, self._events = self._events, []
-        if self.session.events:
+        if self.session.events and self.session.carrier == self._nonce:
             taken.extend(self.session.events)
             self.session.events.clear()
         if self._state == OVER:
@@ -151,24 +172,33 @@ class Connection:
         return taken
 
     def data_to_send(self, most: int = 256 * 1024) -> list[bytes]:
-        """Buffers for the channel, about `most` bytes together; [] when there is nothing (more) to send."""
+        """Buffers for the channel, about `most` bytes together; [] when there is nothing (more) to send.
+
+        A large DATA frame is two buffers, header and payload: join them, or use sendmsg or writev.  Take no more
+        than the channel takes: what was taken is out of reach of newer control frames.
+        """
+        try:
+            self._check_session()
+        except ByreError as error:
+            self._fail(error)
         out = self._handshake
         self._handshake = []
-        size = sum(map(len, out))
         if self._state == OPEN:
-            next_frame = self.session.next_frame
+            size = sum(map(len, out))
             while size < most:
-                frame = next_frame()
+                frame = self._again.popleft() if self._again else self.session.outbox.next_frame()
                 if frame is None:
                     break
-                out.append(frame)
-                size += len(frame)
+                out.extend(frame)
+                size += sum(map(len, frame))
         return out
 
     def receive_eof(self) -> None:
         """The channel ended.  Next: `take_events`."""
-        if self._state != OVER:
-            self._over(None if self._state == OPEN else RemoteProtocolError("the channel ended in the handshake"))
+        if self._state == OPEN:
+            self._over(ChannelEnded("the channel ended without a word"))
+        elif self._state != OVER:
+            self._over(ChannelEnded("the channel ended in the handshake"))
 
     def close(self, error: ByreError | None = None) -> None:
         """End the connection; the peer is told why.  Queued frames are dropped.  Harmless when repeated."""
@@ -176,9 +206,18 @@ class Connection:
             self._say_close(error)
             self._over(error)
 
+    def _check_session(self) -> None:
+        """End a connection whose session went on elsewhere, or whose peer does not read what it causes."""
+        if self._state == OVER:
+            return
+        if (self._first or self._state == OPEN) and self.session.carrier != self._nonce:
+            raise SessionLost("the session goes on over another connection")
+        if self._state == OPEN and self.session.outbox.choked:
+            raise ResourceExhausted(f"the peer left over {limits.MAX_CONTROL_BACKLOG} bytes of control unread")
+
     # -- handshake -----------------------------------------------------------------------------------------
 
-    def _find_preface(self, data: bytes) -> bytes | None:
+    def _find_preface(self, data: bytes | bytearray | memoryview) -> bytes | None:
         """Throw away all before the preface that echoes our nonce; returns what follows it, None: not yet."""
         self._noise += data
         self._noise_seen += len(data)
@@ -205,57 +244,69 @@ class Connection:
     def _take_preface(self, nonces: bytes) -> bool:
         """Answer a preface; True when it echoes our nonce, so that frames follow it."""
         theirs, echo = nonces[:NONCE_SIZE], nonces[NONCE_SIZE:]
-        if theirs == self._nonce:
-            return False  # our own, reflected by the channel
+        if theirs in (self._nonce, NO_NONCE):
+            return False  # our own, reflected by the channel; or one that nobody sends
         if theirs != self._peer_nonce:
             self._peer_nonce = theirs
-            self._handshake.append(preface(self._nonce, theirs))
+            self._handshake = [preface(self._nonce, theirs)]  # in place of what was meant for an older nonce
             if self._first:
-                self._handshake.append(self._hello(self._versions))
+                self._handshake.append(self._hello(self._versions, self.session.received))
         if echo != self._nonce:
             return False
         self._state = HELLO
         return True
 
-    def _hello(self, versions: tuple[int, int]) -> bytes:
-        session = self.session
-        capabilities = sorted(self._capabilities)
-        hello = [
-            list(versions),
-            self._name,
-            capabilities,
-            session.id,
-            session.received,
-            self._proof(self._first),
-        ]
+    def _hello(self, versions: tuple[int, int], received: int | None) -> bytes:
+        session = self.session.id
+        proof = self._proof(self._first, session)
+        hello = [list(versions), text(self._name, 200), sorted(self._capabilities), session, received, proof]
         return frames.encode(frames.HELLO, 0, pack(hello))
 
-    def _proof(self, first: bool) -> bytes:
+    def _proof(self, first: bool, session: bytes) -> bytes:
         """What the first (or second) side must say to show that it knows the secret."""
         if self._secret is None:
             return b""
+        import hashlib  # here, because OpenSSL costs a guest without a secret tens of milliseconds at boot
+        import hmac
+
         mine, theirs = self._nonce, self._peer_nonce
         nonces = mine + theirs if self._first else theirs + mine
         side = b"first" if first else b"second"
-        return hmac.new(self._secret, b"byre1 " + side + nonces + self.session.id, hashlib.sha256).digest()
+        return hmac.new(self._secret, b"byre1 " + side + nonces + session, hashlib.sha256).digest()
+
+    def _check_proof(self, proof: bytes, session: bytes) -> None:
+        if self._secret is None:
+            if proof:
+                raise ProofRefused("the peer asks for a secret, and none was given here")
+            return
+        import hmac
+
+        if not hmac.compare_digest(proof, self._proof(not self._first, session)):
+            raise ProofRefused("the peer does not know this VM's secret", hint="is another VM on this address?")
 
     def _receive_hello(self, payload: bytes) -> None:
-        versions, name, capabilities, session_id, received, proof = unpack_fields(
-            payload, list, str, list, bytes, int, bytes
-        )
+        """Versions first, of whatever a newer peer says; then the proof; then the session."""
+        (versions,) = unpack_fields(payload, list, more=True)
         version = self._common_version(versions)
-        if len(session_id) != NONCE_SIZE or received < 0 or not all(isinstance(c, str) for c in capabilities):
+        _, name, capabilities, session_id, received, proof = unpack_fields(
+            payload, list, str, list, bytes, None, bytes, more=True
+        )
+        if (
+            len(session_id) != NONCE_SIZE
+            or (received or 0) < 0
+            or not all(isinstance(c, str) for c in capabilities)
+        ):
             raise RemoteProtocolError("a malformed HELLO")
-        if not self._first:
-            self._adopt(session_id)
-        elif session_id != self.session.id:
-            raise RemoteProtocolError("the peer speaks of another session")
-        if not hmac.compare_digest(proof, self._proof(not self._first)):
-            raise ProofRefused("the peer does not know this VM's secret", hint="is another VM on this address?")
+        self._check_proof(proof, session_id)
         common = self._capabilities & frozenset(capabilities)
-        if not self._first:
-            self._handshake.append(self._hello((version, version)))
-        resumed = self._continue_session(received, RESUME in common)
+        if self._first:
+            if session_id != self.session.id:
+                raise RemoteProtocolError("the peer speaks of another session")
+        else:
+            known = self._adopt(session_id)
+            self._handshake.append(self._hello((version, version), self.session.received if known else None))
+        resumed = self.session.begun
+        self._continue_session(received, RESUME in common)
         self._state = OPEN
         self._events.append(events.Connected(version, printable(name)[:200], common, resumed))
 
@@ -271,31 +322,38 @@ class Connection:
             )
         return version
 
-    def _adopt(self, session_id: bytes) -> None:
-        """The first side chooses the session; another id than the one we have means a fresh one."""
-        if self.session.id and self.session.id != session_id:
+    def _adopt(self, session_id: bytes) -> bool:
+        """The first side chooses the session: whether it is the one that we have; else ours is a fresh one."""
+        known = self.session.begun and self.session.id == session_id
+        if self.session.begun and not known:
             self.session = Session(first=False)
         self.session.id = session_id
+        return known
 
-    def _continue_session(self, received: int, resumable: bool) -> bool:
-        session = self.session
-        resumed = bool(session.received or session.replay.sent)
-        if resumed or received:
-            again = session.resume(received)
-            if again is None:
-                raise RemoteProtocolError("the session cannot go on: what is missing is no longer kept")
-            self._handshake.extend(again)
-        session.keep_for_replay = resumable
-        return resumed
+    def _continue_session(self, received: int | None, resumable: bool) -> None:
+        """`received`: numbered frames that the peer took in, None when the session is new to it."""
+        session, outbox = self.session, self.session.outbox
+        again: list[tuple[bytes, ...]] | None = []
+        if session.begun:
+            kept = outbox.keep_for_replay and received is not None
+            again = outbox.replay.resume(received or 0) if kept else None
+        elif received:
+            again = None
+        if again is None:
+            raise SessionLost("the session cannot go on: what is missing is no longer kept", hint="connect anew")
+        session.begun = True
+        session.carrier = self._nonce
+        outbox.choked = False
+        outbox.keep_for_replay = resumable
+        self._again.extend(again)
 
     # -- frames --------------------------------------------------------------------------------------------
 
-    def _receive_frame(self, kind: int, stream: int, payload: bytes) -> None:
+    def _receive_frame(self, kind: int, payload: bytes) -> None:
+        """CLOSE at any time, HELLO at the beginning."""
         if kind == frames.CLOSE:
             code, message, hint = unpack_fields(payload, str, str, str)
-            self._over(from_wire(code, message, hint, {}) if code else None)
-        elif self._state == OPEN:
-            self.session.receive_frame(kind, stream, payload)
+            self._over(from_wire(code, f"the peer closed the connection: {message}", hint, {}) if code else None)
         elif kind == frames.HELLO:
             self._receive_hello(payload)
         else:
@@ -309,8 +367,8 @@ class Connection:
     def _say_close(self, error: ByreError | None) -> None:
         if self._state == PREFACE:
             return  # nobody is known to listen
-        parts = (error.code, error.message[:1000], error.hint[:1000]) if error else ("", "", "")
-        self._handshake.append(frames.encode(frames.CLOSE, 0, pack(list(parts))))
+        parts = [error.code, text(error.message, 1000), text(error.hint, 1000)] if error else ["", "", ""]
+        self._handshake.append(frames.encode(frames.CLOSE, 0, pack(parts)))
 
     def _over(self, error: ByreError | None) -> None:
         self._state = OVER
@@ -325,10 +383,12 @@ __all__ = [
     "PREFACE_SIZE",
     "RESUME",
     "VERSIONS",
+    "ChannelEnded",
     "Connection",
     "LocalProtocolError",
     "ProofRefused",
     "RemoteProtocolError",
+    "SessionLost",
     "VersionMismatch",
     "preface",
     "unpack",

@@ -20,6 +20,8 @@ MAX_MESSAGE = 4096
 
 def printable(text: str) -> str:
     """`text` with every control character but newline and tab escaped: safe for a terminal and a log."""
+    if text.isprintable():
+        return text
     return "".join(c if c in "\n\t" or c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
@@ -175,12 +177,17 @@ BY_CODE = _table()
 
 def to_wire(error: ByreError) -> tuple[str, str, str, dict[str, Any]]:
     """`(code, message, hint, data)` of an error, as an ERROR frame carries it."""
-    return error.code, error.message[:MAX_MESSAGE], error.hint[:MAX_MESSAGE], error.data
+    return error.code, printable(error.message)[:MAX_MESSAGE], printable(error.hint)[:MAX_MESSAGE], error.data
 
 
 def from_wire(code: str, message: str, hint: str, data: dict[str, Any]) -> ByreError:
-    """The error that a peer sent, as the class that its code names, with its texts made printable."""
+    """The error that a peer sent, as the class that its code names, with its texts made printable.
+
+    The values of `data` are the peer's: show them by `repr` or `printable` only.
+    """
     cls = BY_CODE.get(code, ByreError)
-    error = cls(printable(message[:MAX_MESSAGE]), hint=printable(hint[:MAX_MESSAGE]))
+    error = cls(printable(message)[:MAX_MESSAGE], hint=printable(hint)[:MAX_MESSAGE])
     error.data = {printable(str(key)): value for key, value in data.items()}
+    if cls.code != code:
+        error.data["code"] = printable(code)[:80]  # from a newer peer
     return error

@@ -5,15 +5,15 @@
     | length| type | flags | zero   | stream id | payload
     +-------+------+-------+--------+-----------+---------
 
-All integers are big-endian.  `FrameBuffer` never holds more than one frame beyond what it was fed, and refuses a
-length over the type's limit from the header alone, before anything is allocated for it.
+All integers are big-endian.  `FrameBuffer` never holds more than one incomplete frame, and refuses a length over
+the type's limit from the header alone, before anything is kept for it.
 """
 
 from __future__ import annotations
 
 import struct
 
-from .errors import ByreError
+from .errors import BY_CODE, ByreError
 from .limits import MAX_CONTROL, MAX_DATA
 
 TYPE_CHECKING = False
@@ -46,7 +46,7 @@ TYPES = {
     REQUEST: ("REQUEST", MAX_CONTROL),
     REPLY: ("REPLY", MAX_CONTROL),
     ERROR: ("ERROR", 64 * 1024),
-    CANCEL: ("CANCEL", 4),
+    CANCEL: ("CANCEL", 8),
     EVENT: ("EVENT", MAX_CONTROL),
     LOG: ("LOG", 64 * 1024),
     DATA: ("DATA", MAX_DATA),
@@ -61,13 +61,19 @@ TYPES = {
 }
 
 #: Types whose payload is one unsigned integer, and its size.
-INTEGERS = {CANCEL: 4, EOF: 8, RESET: 4, STOP: 4, WINDOW: 4, PING: 8, PONG: 8, ACK: 8}
+INTEGERS = {CANCEL: 8, EOF: 8, RESET: 4, STOP: 4, WINDOW: 4, PING: 8, PONG: 8, ACK: 8}
 
 #: Types that belong to a stream; all others have stream id 0.
 STREAM_TYPES = frozenset((DATA, EOF, RESET, STOP, WINDOW))
 
-#: Types that a resumed session repeats: what changes state.  The others are about the connection itself.
-REPLAYED = frozenset((REQUEST, REPLY, ERROR, CANCEL, EVENT, DATA, EOF, RESET, STOP, WINDOW))
+#: Types that are numbered and that a resumed session repeats.  The others are about the connection itself.
+REPLAYED = frozenset((REQUEST, REPLY, ERROR, CANCEL, EVENT, LOG, DATA, EOF, RESET, STOP, WINDOW))
+
+#: A payload below this is copied behind its header: one small buffer is cheaper to write than two.
+JOINED_BELOW = 4096
+
+#: The first four bytes of a preface, where a frame's length would be.
+_PREFACE_LENGTH = int.from_bytes(b"\x89BYR", "big")
 
 
 class ProtocolError(ByreError, ConnectionError):
@@ -84,6 +90,9 @@ class LocalProtocolError(ProtocolError):
     """The program on this side asked for what the protocol does not allow; nothing was sent."""
 
 
+BY_CODE[ProtocolError.code] = ProtocolError  # a peer's CLOSE names it: who was wrong is for the reader to judge
+
+
 def encode(kind: int, stream: int, payload: bytes) -> bytes:
     """One frame as bytes.  Raises `LocalProtocolError` over the type's limit."""
     name, limit = TYPES[kind]
@@ -97,42 +106,65 @@ def encode_integer(kind: int, stream: int, value: int) -> bytes:
     return encode(kind, stream, value.to_bytes(INTEGERS[kind], "big"))
 
 
+def encode_data(stream: int, payload: bytes) -> tuple[bytes, ...]:
+    """A DATA frame as one buffer, or as header and payload where a copy would cost more.  At most MAX_DATA."""
+    header = HEADER.pack(len(payload), DATA, 0, 0, stream)
+    return (header + payload,) if len(payload) < JOINED_BELOW else (header, payload)
+
+
 class FrameBuffer:
-    """Cuts a byte stream into frames: `feed` bytes, then iterate over `(type, stream, payload)`."""
+    """Cuts a byte stream into frames.
+
+    Bytes are copied once, into the payload; only those of a frame that began in an earlier read are copied twice.
+    """
 
     def __init__(self) -> None:
-        self._buffer = bytearray()
-        self._start = 0
+        self._begun = bytearray()  # a frame whose end has not come yet
 
-    def feed(self, data: bytes | bytearray | memoryview) -> None:
-        """Add received bytes; next, iterate `frames()` until it ends."""
-        if self._start:
-            del self._buffer[: self._start]
-            self._start = 0
-        self._buffer += data
+    def frames(self, data: bytes | bytearray | memoryview) -> Iterator[tuple[int, int, bytes]]:
+        """The frames that `data` completes, as `(type, stream, payload)`; the rest waits for the next data.
 
-    def rest(self) -> bytes:
-        """What was fed and is not yet part of a complete frame (for another parser to continue with)."""
-        return bytes(self._buffer[self._start :])
-
-    def frames(self) -> Iterator[tuple[int, int, bytes]]:
-        """Complete frames so far.  Raises `RemoteProtocolError` on a header that no peer may send."""
-        buffer = self._buffer
-        while len(buffer) - self._start >= HEADER_SIZE:
-            length, kind, flags, zero, stream = HEADER.unpack_from(buffer, self._start)
-            _check_header(length, kind, flags | zero, stream)
-            begin = self._start + HEADER_SIZE
-            if len(buffer) - begin < length:
+        Exhaust it, or give the buffer up.  Raises `RemoteProtocolError` on a header that no peer may send.
+        """
+        view = memoryview(data)
+        at, size = 0, len(view)
+        if self._begun:
+            at = self._take(view, 0, HEADER_SIZE)
+            if len(self._begun) < HEADER_SIZE:
                 return
-            self._start = begin + length
-            with memoryview(buffer) as view:
-                payload = bytes(view[begin : begin + length])
+            length, kind, flags, zero, stream = HEADER.unpack_from(self._begun)
+            _check_header(length, kind, flags | zero, stream)
+            at = self._take(view, at, HEADER_SIZE + length)
+            if len(self._begun) < HEADER_SIZE + length:
+                return
+            with memoryview(self._begun) as begun:
+                payload = bytes(begun[HEADER_SIZE:])
+            self._begun.clear()
             yield kind, stream, payload
+        while size - at >= HEADER_SIZE:
+            length, kind, flags, zero, stream = HEADER.unpack_from(view, at)
+            if kind != DATA or length > MAX_DATA or not stream or flags | zero:
+                _check_header(length, kind, flags | zero, stream)
+            end = at + HEADER_SIZE + length
+            if end > size:
+                break
+            payload = bytes(view[at + HEADER_SIZE : end])
+            at = end
+            yield kind, stream, payload
+        self._begun += view[at:]
+
+    def _take(self, view: memoryview, at: int, target: int) -> int:
+        """Move bytes over until the begun frame has `target` of them; returns the place after them."""
+        end = max(at, at + target - len(self._begun))
+        self._begun += view[at:end]
+        return min(end, len(view))
 
 
 def _check_header(length: int, kind: int, reserved: int, stream: int) -> None:
     known = TYPES.get(kind)
     if known is None:
+        if length == _PREFACE_LENGTH:
+            raise RemoteProtocolError("the peer began a new connection on this channel")
         raise RemoteProtocolError(f"unknown frame type {kind}")
     name, limit = known
     if length > limit:

@@ -16,6 +16,13 @@ MAX_CONTROL = 1024 * 1024
 #: Elements in one msgpack array or map: a small frame must not decode into a huge list.
 MAX_ELEMENTS = 16 * 1024
 
+#: Largest stream id: the header has 32 bits, and an id is never used again.  A hundred processes a second use
+#: them up in 80 days; then a new session is due.
+MAX_STREAM_ID = (1 << 32) - 1
+
+#: Largest call id, never used again either.
+MAX_CALL_ID = (1 << 63) - 1
+
 #: Streams open at once, each with its guaranteed window: 4,096 x 16 KiB bounds what unread streams can hold.
 MAX_STREAMS = 4096
 
@@ -31,14 +38,26 @@ WINDOW_POOL = 16 * 1024 * 1024
 #: Calls from the peer in progress at once; one more is answered with resource-exhausted.
 MAX_CALLS = 4096
 
+#: What one queued frame costs in memory beside its bytes (objects, queue entry): it counts in the backlogs, so
+#: that a million tiny frames are not cheap.
+FRAME_OVERHEAD = 128
+
 #: Control bytes queued for a peer that does not read.  Over it the connection is closed: nothing else bounds
 #: the answers to a flood of pings or requests.
 MAX_CONTROL_BACKLOG = 8 * 1024 * 1024
 
+#: Characters of one log line and of its source; the rest is cut.
+MAX_LOG_LINE = 8192
+MAX_LOG_SOURCE = 256
+
+#: Log levels are Python's: 10 debug, 20 info, 30 warning, 40 error, 50 critical.
+MAX_LOG_LEVEL = 100
+
 #: Log bytes queued; what does not fit is dropped and counted.
 MAX_LOG_BACKLOG = 256 * 1024
 
-#: Bytes kept for replay after a dropped connection, beside the windows; over it the session cannot resume.
+#: Bytes kept for replay after a dropped connection; over it the session cannot resume.  What a peer lets us send
+#: before it acknowledges is far less, so only one that never acknowledges meets this.
 MAX_REPLAY = WINDOW_POOL + MAX_STREAMS * INITIAL_WINDOW + MAX_CONTROL_BACKLOG
 
 #: Bytes thrown away while looking for the preface: a serial console's whole boot log fits, a flood does not.

@@ -1,8 +1,9 @@
 """The requests and events that cross the wire, as a table: names, fields, types.
 
 Both ends check against it: the sender so that a mistake fails alone where it was made, the receiver because the
-peer may be hostile (B45).  A field that the table does not know is dropped (a newer peer may send it); a missing
-one takes its default.  `WIRE.md` is written from this table (`python -m byre_proto.messages` prints its part).
+peer may be hostile (B45).  A field that the table does not know is the sender's mistake; the receiver drops it (a
+newer peer may send it).  A missing one takes its default.  `WIRE.md` is written from this table
+(`python -m byre_proto.messages` prints its part).
 
 A type is written as in Python:  ``int``, ``str?`` (or None), ``[str]``, ``{str}`` (string keys), ``any``.
 A field without a default is required.
@@ -19,13 +20,15 @@ if TYPE_CHECKING:
 #: Streams are named by their id; 0 means: not asked for.
 _STDIO = {"stdin": ("int", 0), "stdout": ("int", 0), "stderr": ("int", 0)}
 
-#: What one process is told to be.  `container` "" is the VM itself.  `env` None: the container's or the VM's own.
+#: What one process is told to be.  `container` "" is the VM itself.  `env` None: the container's or the VM's own;
+#: `add_env` is added to whichever it is.
 #: `oci` is an OCI process object and replaces the other fields but the streams, `terminal` and its size.
 _PROCESS = {
     **_STDIO,
     "args": ("[str]", []),
     "command_line": ("str", ""),
     "env": ("{str}?", None),
+    "add_env": ("{str}", {}),
     "cwd": ("str", ""),
     "user": ("str", ""),
     "additional_gids": ("[int]", []),
@@ -117,7 +120,11 @@ METHODS.update(
         "vm.console": ({"lines": ("int", 40)}, {"text": ("str",)}),
         "vm.pause": ({}, {}),
         "vm.resume": ({}, {}),
-        "vm.shutdown": ({"timeout": ("int?", None)}, {}),
+        "vm.shutdown": ({"patience_ms": ("int?", None)}, {}),  # then by force
+        # The processes that this client creates are killed, with their trees, when its connection ends.
+        "vm.tie": ({}, {}),
+        # The container is deleted as soon as it has ended.
+        "vm.remove_at_exit": ({"container": ("str",)}, {}),
     }
 )
 
@@ -132,26 +139,37 @@ EVENTS: dict[str, dict[str, tuple[Any, ...]]] = {
 _KINDS: dict[str, type] = {"int": int, "str": str, "bytes": bytes, "bool": bool}
 
 
-def check_arguments(method: str, arguments: dict[str, Any]) -> dict[str, Any]:
-    """The arguments with defaults filled in.  Raises `NotSupported` (B46), `InvalidRequest`."""
+def streams_named(arguments: dict[str, Any]) -> list[int]:
+    """The streams that a request's checked arguments name."""
+    return [arguments[field] for field in _STDIO if arguments.get(field)]
+
+
+def check_arguments(method: str, arguments: dict[str, Any], *, strict: bool = False) -> dict[str, Any]:
+    """The arguments with defaults filled in; `strict` (the sender): unknown fields are refused, not dropped.
+
+    Raises `NotSupported` (B46), `InvalidRequest`.
+    """
     if method not in METHODS:
         raise NotSupported(f"the method {printable(method)[:80]!r} is not known here", method=method[:80])
-    return _check(method, METHODS[method][0], arguments)
+    return _check(method, METHODS[method][0], arguments, strict)
 
 
-def check_result(method: str, result: dict[str, Any]) -> dict[str, Any]:
+def check_result(method: str, result: dict[str, Any], *, strict: bool = False) -> dict[str, Any]:
     """The result of `method`, checked in the same way."""
-    return _check(method, METHODS[method][1], result)
+    return _check(method, METHODS[method][1], result, strict)
 
 
-def check_event(name: str, fields: dict[str, Any]) -> dict[str, Any]:
+def check_event(name: str, fields: dict[str, Any], *, strict: bool = False) -> dict[str, Any]:
     """The fields of an event.  Raises `NotSupported`, `InvalidRequest`."""
     if name not in EVENTS:
         raise NotSupported(f"the event {printable(name)[:80]!r} is not known here")
-    return _check(name, EVENTS[name], fields)
+    return _check(name, EVENTS[name], fields, strict)
 
 
-def _check(name: str, table: dict[str, tuple[Any, ...]], given: dict[str, Any]) -> dict[str, Any]:
+def _check(name: str, table: dict[str, tuple[Any, ...]], given: dict[str, Any], strict: bool) -> dict[str, Any]:
+    if strict and not given.keys() <= table.keys():
+        unknown = sorted(given.keys() - table.keys(), key=str)
+        raise InvalidRequest(f"{name} has no field {printable(str(unknown[0]))[:80]!r}")
     checked = {}
     for field, spec in table.items():
         if field in given:
@@ -160,7 +178,8 @@ def _check(name: str, table: dict[str, tuple[Any, ...]], given: dict[str, Any]) 
                 raise InvalidRequest(f"{name}: {field} must be {spec[0]}, not {type(value).__name__}", field=field)
             checked[field] = value
         elif len(spec) == 2:
-            checked[field] = spec[1]
+            default = spec[1]
+            checked[field] = [] if default == [] else default  # a list of its own: callers may append to theirs
         else:
             raise InvalidRequest(f"{name}: {field} is missing", field=field)
     return checked
@@ -193,3 +212,9 @@ def describe() -> str:
     lines += ["", "| event | fields |", "|---|---|"]
     lines += [f"| `{name}` | {fields(table)} |" for name, table in EVENTS.items()]
     return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    import sys
+
+    sys.stdout.write(describe())

@@ -17,11 +17,13 @@ class Stream:
     """State of a stream on one side.
 
     Each direction is open until EOF or RESET (by its sender) or STOP (by its receiver).  A direction that was not
-    asked for at the start is closed from the start.
+    asked for at the start is closed from the start.  `held` is a list while the request that names the stream is
+    not answered: until then the peer may not know the stream, and would drop what it is sent about it.
     """
 
     __slots__ = (
         "consumed",
+        "held",
         "id",
         "pending",
         "receive_window",
@@ -41,9 +43,11 @@ class Stream:
         self.sent = 0  # bytes handed over for sending, in all
         self.received = 0
         self.consumed = 0  # by the reader; the rest is held here and counts until it is read or given up
-        self.pending: deque[bytes] = deque()  # frames that wait for their turn
+        self.pending: deque[tuple[bytes, ...]] = deque()  # frames that wait for their turn
+        self.held: list[bytes] | None = None  # control frames kept back until the peer has accepted the stream
 
     @property
     def done(self) -> bool:
         """Nothing more can happen on it, nothing waits to be sent or read: it may be forgotten."""
-        return not (self.sending or self.receiving or self.pending or self.consumed < self.received)
+        busy = self.sending or self.receiving or self.pending or self.consumed < self.received
+        return not busy and self.held is None

@@ -4,7 +4,9 @@ A receiver grants each stream a window of bytes that it is ready to hold.  Credi
 *reader* has consumed bytes, so an unread stream stops its own sender and nothing else (B3).
 
     guaranteed   every stream has INITIAL_WINDOW from the start
-    growth       a stream that is read doubles its window, up to MAX_WINDOW, out of a pool shared by all
+    growth       a stream that is read doubles its window, up to MAX_WINDOW, out of a pool shared by all; it takes
+                 at most half of what is left there, so that streams which were read once and then left lying
+                 never take all of it from those that are read now
     return       closing a stream by any way gives its growth back to the pool
 
 So what one side can be made to hold is bounded by MAX_STREAMS x INITIAL_WINDOW + WINDOW_POOL, and a thousand
@@ -24,8 +26,8 @@ class WindowPool:
         self.free = size
 
     def take(self, wanted: int) -> int:
-        """Up to `wanted` bytes, as many as there are."""
-        granted = min(wanted, self.free)
+        """Up to `wanted` bytes, at most half of those that are left."""
+        granted = min(wanted, self.free // 2)
         self.free -= granted
         return granted
 

@@ -33,7 +33,6 @@ MNT_DETACH = 2
 UMOUNT_NOFOLLOW = 8
 
 # clone(2), setns(2), unshare(2)
-CLONE_PIDFD = 0x1000
 CLONE_NEWNS = 0x20000
 CLONE_NEWCGROUP = 0x2000000
 CLONE_NEWUTS = 0x4000000
@@ -41,7 +40,6 @@ CLONE_NEWIPC = 0x8000000
 CLONE_NEWUSER = 0x10000000
 CLONE_NEWPID = 0x20000000
 CLONE_NEWNET = 0x40000000
-CLONE_INTO_CGROUP = 0x200000000
 
 # openat2(2)
 AT_FDCWD = -100
@@ -78,7 +76,7 @@ SFD_CLOEXEC = 0o2000000
 SIGNALFD_SIGINFO_SIZE = 128
 
 _SYS_FINIT_MODULE = 313 if os.uname().machine == "x86_64" else 273
-_SYS_CLONE3 = 435
+_SYS_CLOSE_RANGE = 436
 _SYS_OPENAT2 = 437
 _CAP_VERSION_3 = 0x20080522
 
@@ -95,7 +93,6 @@ CAPABILITIES = (
 )
 
 _c = ctypes.CDLL(None, use_errno=True)
-_locked = ctypes.PyDLL(None, use_errno=True)  # keeps the interpreter's lock: a forked child must own it
 _c.mount.argtypes = (ctypes.c_char_p, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_ulong, ctypes.c_char_p)
 _c.umount2.argtypes = (ctypes.c_char_p, ctypes.c_int)
 _c.setns.argtypes = (ctypes.c_int, ctypes.c_int)
@@ -107,7 +104,6 @@ _c.capset.argtypes = (ctypes.c_char_p, ctypes.c_char_p)
 _c.capget.argtypes = (ctypes.c_char_p, ctypes.c_char_p)
 _c.sethostname.argtypes = (ctypes.c_char_p, ctypes.c_size_t)
 _c.syscall.restype = ctypes.c_long
-_locked.syscall.restype = ctypes.c_long
 
 
 def _raise(*names: str | None) -> None:
@@ -157,21 +153,11 @@ def finit_module(fd: int, parameters: str = "") -> None:
         _raise()
 
 
-def fork_into(cgroup: int) -> int:
-    """fork(2) whose child begins in the cgroup (version 2) that the descriptor `cgroup` names.
-
-    Moving it afterwards waits for an RCU grace period, tens of milliseconds under emulation; and what it forks
-    before would escape.  It passes by Python's and libc's fork handlers, so the child may only set itself up and
-    exec.  Raises OSError with ENOSYS where a sandbox hides clone3(2).
-    """
-    arguments = struct.pack("=11Q", CLONE_INTO_CGROUP, 0, 0, 0, _SIGCHLD, 0, 0, 0, 0, 0, cgroup)
-    pid: int = _locked.syscall(ctypes.c_long(_SYS_CLONE3), arguments, ctypes.c_long(len(arguments)))
-    if pid < 0:
+def close_range(first: int, last: int) -> None:
+    """Close the descriptors from `first` to `last`, both included, in one call.  Since Linux 5.9."""
+    last = last if last >= 0 else 0xFFFFFFFF
+    if _c.syscall(ctypes.c_long(_SYS_CLOSE_RANGE), ctypes.c_long(first), ctypes.c_long(last), ctypes.c_long(0)) < 0:
         _raise()
-    return pid
-
-
-_SIGCHLD = 17
 
 
 def prctl(option: int, arg2: int = 0, arg3: int = 0, arg4: int = 0, arg5: int = 0) -> int:
@@ -253,9 +239,12 @@ def add_entropy(data: bytes) -> None:
 
 def interface_up(name: str) -> None:
     """Set a network interface up."""
-    import _socket  # noqa: PLC0415 - not `socket`, which imports enum and selectors
+    import _socket
 
-    with _socket.socket(_socket.AF_INET, _socket.SOCK_DGRAM | _socket.SOCK_CLOEXEC) as control:
+    control = _socket.socket(_socket.AF_INET, _socket.SOCK_DGRAM | _socket.SOCK_CLOEXEC)
+    try:
         request = struct.pack("=16sH22x", name.encode(), 0)
         flags = struct.unpack_from("=16sH", ioctl(control.fileno(), SIOCGIFFLAGS, request))[1]
         ioctl(control.fileno(), SIOCSIFFLAGS, struct.pack("=16sH22x", name.encode(), flags | IFF_UP))
+    finally:
+        control.close()

@@ -27,9 +27,12 @@ EPOLLPRI = select.EPOLLPRI
 #: Events taken per round: small enough that the channel is served often while many processes are busy.
 MAX_EVENTS = 64
 
+#: Timers kept before the cancelled ones are looked for: most deadlines are cancelled long before they are due.
+MIN_TIMERS = 64
 
-def _ignore() -> None:
-    """What a round's hooks are until someone sets them."""
+
+def _ignore(*_arguments: object) -> None:
+    """What the hooks are until someone sets them."""
 
 
 class Timer:
@@ -57,11 +60,13 @@ class Loop:
         self._epoll = select.epoll()
         self._callbacks: dict[int, Callable[[int], object]] = {}
         self._timers: list[Timer] = []
+        self._most_timers = MIN_TIMERS
         self._soon: list[Callable[[], object]] = []
         self._running = False
-        #: Called when events have come in, before their callbacks; and when all of a round's are done.
-        self.begin_round: Callable[[], object] = _ignore
+        #: Called when all callbacks of a round are done.
         self.end_round: Callable[[], object] = _ignore
+        #: Called with True when a round begins and with False before the loop sleeps.
+        self.watch_over: Callable[[bool], object] = _ignore
 
     def add(self, fd: int, mask: int, callback: Callable[[int], object]) -> None:
         """Call `callback(mask)` when `fd` has one of the events; EPOLLHUP and EPOLLERR always count."""
@@ -80,6 +85,10 @@ class Loop:
     def call_later(self, seconds: float, callback: Callable[[], object]) -> Timer:
         """Call it once, `seconds` from now."""
         timer = Timer(monotonic() + seconds, callback)
+        if len(self._timers) >= self._most_timers:
+            self._timers = [kept for kept in self._timers if kept.callback is not None]
+            heapq.heapify(self._timers)
+            self._most_timers = max(MIN_TIMERS, 2 * len(self._timers))
         heapq.heappush(self._timers, timer)
         return timer
 
@@ -96,8 +105,12 @@ class Loop:
         self._running = True
         self._round([])
         while self._running:
-            events = self._epoll.poll(self._patience(), MAX_EVENTS)
-            self.begin_round()
+            patience = self._patience()
+            if patience:
+                self.watch_over(False)
+            events = self._epoll.poll(patience, MAX_EVENTS)
+            if patience:
+                self.watch_over(True)
             self._round(events)
 
     def close(self) -> None:

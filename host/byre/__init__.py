@@ -1,0 +1,81 @@
+"""byre: Linux containers inside a utility virtual machine, on any host.
+
+The public names are here, and each is imported when it is first used: ``import byre`` costs next to nothing.
+Errors are in `byre.errors`, the blocking façade is `byre.sync`, fakes for tests are in `byre.testing`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from . import errors, sync, testing
+    from .container import GuestContainer
+    from .cow import Container, ExitStatus, Process, ProcessHost, Stdio
+    from .errors import ByreError
+    from .local import LocalHost
+    from .parameters import ProcessParameters, Resources, UpdateResources
+    from .process import GuestProcess
+    from .run import DEVNULL, PIPE, STDOUT, CompletedProcess
+    from .vm import UtilityVM
+
+_MODULES = {
+    "ByreError": "errors",
+    "CompletedProcess": "run",
+    "Container": "cow",
+    "DEVNULL": "run",
+    "ExitStatus": "cow",
+    "GuestContainer": "container",
+    "GuestProcess": "process",
+    "LocalHost": "local",
+    "PIPE": "run",
+    "Process": "cow",
+    "ProcessHost": "cow",
+    "ProcessParameters": "parameters",
+    "Resources": "parameters",
+    "STDOUT": "run",
+    "Stdio": "cow",
+    "UpdateResources": "parameters",
+    "UtilityVM": "vm",
+}
+
+_SUBMODULES = ("errors", "sync", "testing")
+
+__all__ = [
+    "DEVNULL",
+    "PIPE",
+    "STDOUT",
+    "ByreError",
+    "CompletedProcess",
+    "Container",
+    "ExitStatus",
+    "GuestContainer",
+    "GuestProcess",
+    "LocalHost",
+    "Process",
+    "ProcessHost",
+    "ProcessParameters",
+    "Resources",
+    "Stdio",
+    "UpdateResources",
+    "UtilityVM",
+    "errors",
+    "sync",
+    "testing",
+]
+
+
+def __getattr__(name: str) -> Any:
+    from importlib import import_module
+
+    if name in _SUBMODULES:
+        return import_module(f".{name}", __name__)
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f".{_MODULES[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -44,6 +44,12 @@ class ContainerClosed(ByreError):
     code = "container-closed"
 
 
+class StreamReset(ByreError, ConnectionResetError):
+    """The guest gave up sending a stream: bytes may be missing."""
+
+    code = "stream-reset"
+
+
 class ProcessRunning(ByreError):
     """`exit_code` was asked for while the process runs (B9)."""
 
@@ -146,6 +152,7 @@ __all__ = [
     "RuntimeFailed",
     "StartFailed",
     "StorageFailed",
+    "StreamReset",
     "ToolMissing",
     "TransportUnavailable",
     "UserNotFound",

@@ -48,6 +48,7 @@ class ProcessParameters:
     args            program and arguments; the program is looked up in the PATH of `env` where it has no slash
     command_line    one string, given to ``/bin/sh -c``
     env             the whole environment; None: that of the container or the VM
+    add_env         variables that are added to it, or replace some of it
     cwd             working directory; "": that of the container, or / in the VM
     user            ``uid``, ``uid:gid``, ``name`` or ``name:group``, looked up where the process runs
     additional_gids supplementary groups, beside those of the group file
@@ -62,6 +63,7 @@ class ProcessParameters:
     args: Sequence[str] = ()
     command_line: str = ""
     env: Mapping[str, str] | None = None
+    add_env: Mapping[str, str] = dataclasses.field(default_factory=dict)
     cwd: str = ""
     user: str = ""
     additional_gids: Sequence[int] = ()
@@ -81,10 +83,11 @@ class ProcessParameters:
         if bool(self.args) == bool(self.command_line):
             raise InvalidRequest("exactly one of args and command_line is needed")
         texts = [*self.args, self.command_line, self.cwd, self.user]
-        texts += [part for pair in (self.env or {}).items() for part in pair]
+        variables = {**(self.env or {}), **self.add_env}
+        texts += [part for pair in variables.items() for part in pair]
         if any("\0" in text for text in texts):
             raise InvalidRequest("a string of the process holds a NUL byte")
-        if any("=" in name or not name for name in self.env or {}):
+        if any("=" in name or not name for name in variables):
             raise InvalidRequest("the name of an environment variable is empty or holds '='")
         if self.terminal and self.stderr:
             raise InvalidRequest("a terminal has one merged output stream", hint="leave stderr out")

@@ -97,8 +97,17 @@ class Claim:
             with contextlib.suppress(OSError):  # the next of the name is in it already
                 self.run.path.rmdir()
         finally:
-            os.close(self._fd)
-            self._fd = -1
+            self._let_go()
+
+    def abandon(self, reason: str) -> None:
+        """Let go of the name and leave the directory, as dead, with the reason: `byre ps` shows and removes it."""
+        self.run.write_info(**{**self.run.info(), "died": reason})
+        self.run.socket.unlink(missing_ok=True)
+        self._let_go()
+
+    def _let_go(self) -> None:
+        os.close(self._fd)
+        self._fd = -1
 
 
 def base() -> Path:

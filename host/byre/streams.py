@@ -16,8 +16,6 @@ from typing import TYPE_CHECKING, Any
 from byre_proto.limits import MAX_DATA, MAX_WINDOW
 from byre_proto.streams import REASON_CLOSED
 
-from .errors import ConnectionLost, StreamReset
-
 if TYPE_CHECKING:
     from .bridge import Bridge
 
@@ -32,6 +30,8 @@ HIGH_WATER = 64 * 1024
 class BridgeReader(asyncio.StreamReader):
     """A StreamReader that gives the guest credit for what its reader took."""
 
+    _buffer: bytearray  # asyncio's own, since Python 3.4
+
     def __init__(self, bridge: Bridge, number: int) -> None:
         super().__init__(limit=MAX_LINE)
         self._bridge = bridge
@@ -39,6 +39,7 @@ class BridgeReader(asyncio.StreamReader):
         self._wanted = 0  # bytes that a waiting method needs to see in the buffer before it takes any
         self.received = 0  # bytes that arrived in all
         self._credited = 0
+        self.ended = False  # the guest's EOF has arrived, or `stop` was called
 
     async def read(self, n: int = -1) -> bytes:
         try:
@@ -58,22 +59,28 @@ class BridgeReader(asyncio.StreamReader):
         finally:
             self._settle()  # it drops a line that is too long
 
-    def feed_data(self, data: bytes) -> None:
-        if self.at_eof() or self.exception() is not None:
+    def feed_data(self, data: Any) -> None:  # bytes; typeshed allows any iterable of integers
+        if self.ended or self.exception() is not None:
             return
         super().feed_data(data)
         self.received += len(data)
         if self._wanted:
             self._settle()
 
+    def feed_eof(self) -> None:
+        self.ended = True
+        super().feed_eof()
+
     def stop(self) -> None:
         """Read no more: what is buffered stays readable, then the end (B4).  Harmless when repeated."""
         self._bridge.stop_reading(self._number)
-        if self.exception() is None:
+        if not self.ended and self.exception() is None:
             self.feed_eof()
 
-    def reset_received(self, reason: int) -> None:
-        self.set_exception(StreamReset("the guest gave up sending this stream: bytes may be missing", reason=reason))
+    def fail(self, error: Exception) -> None:
+        """The connection was lost, or the guest gave up: whoever reads hears of it, unless the end came before."""
+        if not self.ended:
+            self.set_exception(error)
 
     async def _wanting(self, wanted: int, reading: Any) -> bytes:
         self._wanted = wanted
@@ -87,7 +94,7 @@ class BridgeReader(asyncio.StreamReader):
 
     def _settle(self) -> None:
         """Give credit for all but what lies in the buffer beyond what is wanted."""
-        kept = max(0, len(self._buffer) - self._wanted)  # type: ignore[attr-defined]  # a bytearray since 3.4
+        kept = max(0, len(self._buffer) - self._wanted)
         taken = self.received - kept - self._credited
         if taken > 0:
             self._credited += taken
@@ -209,9 +216,15 @@ class StreamTransport(asyncio.Transport):
         return bytes(first[:room])
 
 
-def open_writer(bridge: Bridge) -> tuple[int, asyncio.StreamWriter, StreamTransport]:
-    """A new stream towards the guest: its number, its writer, its transport.  Raises `ResourceExhausted`."""
-    number = bridge.session.new_stream(sending=True, receiving=False)
+def open_writer(bridge: Bridge, number: int = 0) -> tuple[int, asyncio.StreamWriter, StreamTransport]:
+    """A stream towards the peer: its number, its writer, its transport.  Raises `ResourceExhausted`.
+
+    `number` is given where the peer's request named it; else it is a new one.
+    """
+    if number:
+        bridge.session.accept_stream(number, sending=True, receiving=False)
+    else:
+        number = bridge.session.new_stream(sending=True, receiving=False)
     loop = asyncio.get_running_loop()
     reader = asyncio.StreamReader(loop=loop)  # carries the error to `drain`; nothing is read
     protocol = asyncio.StreamReaderProtocol(reader, loop=loop)
@@ -221,14 +234,11 @@ def open_writer(bridge: Bridge) -> tuple[int, asyncio.StreamWriter, StreamTransp
     return number, asyncio.StreamWriter(transport, protocol, reader, loop), transport
 
 
-def open_reader(bridge: Bridge) -> tuple[int, BridgeReader]:
-    """A new stream from the guest: its number and its reader.  Raises `ResourceExhausted`."""
-    number = bridge.session.new_stream(sending=False, receiving=True)
+def open_reader(bridge: Bridge, number: int = 0) -> tuple[int, BridgeReader]:
+    """A stream from the peer: its number and its reader; see `open_writer`."""
+    if number:
+        bridge.session.accept_stream(number, sending=False, receiving=True)
+    else:
+        number = bridge.session.new_stream(sending=False, receiving=True)
     reader = bridge.readers[number] = BridgeReader(bridge, number)
     return number, reader
-
-
-def lose(reader: BridgeReader, error: ConnectionLost) -> None:
-    """The connection is lost: whoever reads, now or later, hears of it; unless the end had come before."""
-    if not reader.ended:
-        reader.set_exception(error)

@@ -16,7 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,23 +38,19 @@ TEMPORARY_PREFIX = ".new-"
 
 @dataclass(frozen=True)
 class Image:
-    """A bootable guest: kernel (ELF, by PVH), initramfs and read-only root disk, and what they were made from."""
+    """A bootable guest.
+
+    `kernel`: an uncompressed ELF file that boots by PVH; `initramfs`: a cpio archive; `root`: a read-only squashfs,
+    to be /dev/vda.  `manifest` says what they are made from; `digest` ("sha256:...", of the manifest) is the
+    image's identity, since the manifest has the digests of the files.
+    """
 
     directory: Path
-    manifest: dict[str, Any]
+    kernel: Path
+    initramfs: Path
+    root: Path
+    manifest: dict[str, Any] = field(hash=False)
     digest: str
-
-    @property
-    def kernel(self) -> Path:
-        return self.directory / KERNEL
-
-    @property
-    def initramfs(self) -> Path:
-        return self.directory / INITRAMFS
-
-    @property
-    def root(self) -> Path:
-        return self.directory / ROOT
 
 
 def load(directory: Path) -> Image:
@@ -71,7 +67,19 @@ def load(directory: Path) -> Image:
         if isinstance(error, ImageCorrupt):
             raise
         raise ImageCorrupt(f"{directory} holds no image: {error}", hint=f"remove {directory}") from error
-    return Image(directory, manifest, "sha256:" + hashlib.sha256(text).hexdigest())
+    return Image(
+        directory,
+        directory / KERNEL,
+        directory / INITRAMFS,
+        directory / ROOT,
+        manifest,
+        "sha256:" + hashlib.sha256(text).hexdigest(),
+    )
+
+
+def list_images(*, cache: Path | None = None) -> list[Image]:
+    """All images in the cache, the last used first."""
+    return Cache(cache).images()
 
 
 def verify(image: Image) -> None:

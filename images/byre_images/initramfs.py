@@ -1,7 +1,5 @@
-"""The initramfs: loads what the root file system needs, mounts it read-only and hands over to the agent.
+"""The initramfs: `init.c`, the modules that the root disk needs, and nothing else; it is unpacked at every boot.
 
-It stays tiny, since every byte of it is unpacked at each boot, and it never waits without an end: what it cannot
-do it says on the console and restarts the machine, which ends a VM that runs with `-no-reboot`.
 Source of the format: Documentation/driver-api/early-userspace/buffer-format.rst of Linux ("newc").
 """
 
@@ -11,35 +9,14 @@ import stat
 from collections.abc import Iterable
 from typing import NamedTuple
 
+from .errors import BuildFailed
 from .modules import Module
-
-#: How long the disk may take to appear after its driver was loaded: this many times 10 ms.  It is there at once
-#: unless the host is badly overloaded.
-DISK_TRIES = 500
-
-INIT = f"""#!/bin/busybox sh
-fail() {{ echo "byre: initramfs: $*" >/dev/console; sleep 0.1; reboot -f; }}
-mount -t devtmpfs dev /dev || fail "no devtmpfs"
-for m in $(cat /modules/order); do
-    insmod /modules/$m || fail "cannot load the module $m"
-done
-i=0
-while [ ! -b /dev/vda ]; do
-    i=$((i + 1))
-    [ $i -lt {DISK_TRIES} ] || fail "the root disk /dev/vda does not appear"
-    usleep 10000
-done
-mount -t squashfs -o ro /dev/vda /root || fail "cannot mount the root disk"
-mount -o move /dev /root/dev || fail "cannot move /dev"
-exec switch_root /root /usr/bin/python3 -I -S -E /usr/lib/byre/init.py
-fail "cannot start the agent"
-"""
-
-#: Every applet that INIT calls.
-APPLETS = ("sh", "mount", "cat", "insmod", "usleep", "sleep", "switch_root", "reboot", "echo", "[")
 
 CPIO_MAGIC = b"070701"
 CPIO_END = "TRAILER!!!"
+
+#: What `init.c` reads of the list of modules (its MAX_ORDER, with the end of the string).
+MAX_ORDER = 4095
 
 
 class Node(NamedTuple):
@@ -51,21 +28,20 @@ class Node(NamedTuple):
     device: tuple[int, int] = (0, 0)
 
 
-def build(busybox: bytes, order: list[Module]) -> bytes:
-    """The archive, uncompressed: unpacking a copy is quicker than anything that has to be inflated."""
-    nodes = [
-        *(Node(name, stat.S_IFDIR | 0o755) for name in ("bin", "dev", "modules", "root")),
-        Node("bin/busybox", stat.S_IFREG | 0o755, busybox),
-        *(Node(f"bin/{applet}", stat.S_IFLNK | 0o777, b"busybox") for applet in sorted(APPLETS)),
-        Node("dev/console", stat.S_IFCHR | 0o600, device=(5, 1)),
-        Node("init", stat.S_IFREG | 0o755, INIT.encode()),
-    ]
-    names = []
-    for number, module in enumerate(order):
-        names.append(f"{number:02}-{module.path.rpartition('/')[2]}")
-        nodes.append(Node(f"modules/{names[-1]}", stat.S_IFREG | 0o644, module.data))
-    nodes.append(Node("modules/order", stat.S_IFREG | 0o644, "".join(f"{name}\n" for name in names).encode()))
-    return cpio(nodes)
+def build(init: bytes, order: list[Module]) -> bytes:
+    """The archive of the compiled `init` and the modules that it loads, in that order.
+
+    Uncompressed: copying half a megabyte is quicker than anything that has to be inflated.
+    """
+    nodes = [Node(name, stat.S_IFDIR | 0o755) for name in ("dev", "modules", "root")]
+    nodes += [Node("dev/console", stat.S_IFCHR | 0o600, device=(5, 1)), Node("init", stat.S_IFREG | 0o755, init)]
+    names = [module.path.rpartition("/")[2] for module in order]
+    for name, module in zip(names, order, strict=True):
+        nodes.append(Node(f"modules/{name}", stat.S_IFREG | 0o644, module.data))
+    listing = "".join(f"{name}\n" for name in names).encode()
+    if len(listing) > MAX_ORDER:
+        raise BuildFailed(f"the initramfs loads too many modules: {len(names)}")
+    return cpio([*nodes, Node("modules/order", stat.S_IFREG | 0o644, listing)])
 
 
 def cpio(nodes: Iterable[Node]) -> bytes:

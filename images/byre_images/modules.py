@@ -64,10 +64,12 @@ def closure(
     inside = {module_name(path) for path in builtin}
     found: dict[str, Module] = {}
     missing: list[str] = []
+    seen: set[str] = set()  # soft dependencies may run in a circle
 
     def visit(name: str, needed_by: str) -> None:
-        if name in found or name in inside:
+        if name in seen or name in inside:
             return
+        seen.add(name)
         if name not in files:
             if needed_by:
                 raise BuildFailed(f"module {name}, which {needed_by} needs, is not in the kernel package")
@@ -133,9 +135,11 @@ def section(elf: bytes, name: bytes) -> bytes:
 def load_order(found: dict[str, Module], names: Iterable[str]) -> list[Module]:
     """`names` and all they depend on, in an order in which each can be loaded."""
     order: dict[str, Module] = {}
+    seen: set[str] = set()
 
     def visit(name: str) -> None:
-        if name in found and name not in order:
+        if name in found and name not in seen:
+            seen.add(name)
             for other in [*found[name].depends, *found[name].soft_before]:
                 visit(other)
             order[name] = found[name]

@@ -19,7 +19,7 @@ from pathlib import Path
 from . import tools
 from .errors import IMPORT_HINT, BuildFailed, HostNotSupported, ImageCorrupt, PackagesUnavailable
 
-#: What the guest is made of.  The generic kernel, because the cloud one has no 9p.
+#: What the guest is made of.  The generic kernel, because the cloud one has no 9p; tcc only compiles `init.c`.
 WANTED = (
     "base-files",
     "base-passwd",
@@ -29,6 +29,7 @@ WANTED = (
     "python3-msgpack",
     "crun",
     "busybox-static",
+    "tcc",
 )
 
 #: Dependencies that the image does without, told to apt as installed: what only maintainer scripts call, what
@@ -59,7 +60,9 @@ ASSUMED = (
 )
 
 #: Settings of the host that must not act here: hooks act on the host, extra indexes are only slow.
-FOREIGN_SETTINGS = re.compile(r"^(DPkg|APT::Update::P|Acquire::IndexTargets|Dir::(State|Cache|Log))\b")
+FOREIGN_SETTINGS = re.compile(
+    r"(DPkg|APT::Update::(Pre|Post)-Invoke[^:]*|Acquire::IndexTargets|Dir::(State|Cache|Log))[ :]"
+)
 
 #: `'URL' file size SHA256:digest`, as `apt-get --print-uris` writes it.
 PRINTED_URI = re.compile(r"^'([^']+)' (\S+) (\d+) SHA256:([0-9a-f]{64})$")

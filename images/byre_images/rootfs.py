@@ -5,23 +5,24 @@ and the agent in /usr/lib/byre.  The base (all but the agent) changes with the p
 from __future__ import annotations
 
 import re
-import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 
-from . import tools
-from .bytecode import compile_all, python_version
-from .modules import Module, indexes
-from .packages import Apt, Pin
-from .tree import Tree, merged
+from . import licences, programs, tools
+from .kernel import KernelPackage
+from .modules import indexes
+from .tree import Tree
 
 #: Paths that stay out: documentation, translations, what belongs to maintainer scripts, and charset converters.
 LEFT_OUT = re.compile(
-    r"boot/|usr/share/(?!base-passwd/|doc/)|usr/lib/(locale/(?!C\.)|valgrind/|udev/|tmpfiles\.d/|systemd/)"
+    r"boot$|boot/|usr/share/(?!base-passwd/|doc/)|usr/lib/(locale/(?!C\.)|valgrind/|udev/|tmpfiles\.d/|systemd/)"
     r"|usr/lib/x86_64-linux-gnu/(gconv|audit)/|etc/(cron|init\.d|logrotate|profile|update-motd|dpkg|ld\.so)"
     r"|usr/s?bin/(ldconfig|zdump|zic|iconvconfig|pygettext|pydoc|pdb|py3|2to3|update-passwd|catchsegv|sotruss|pldd)"
-    r"|usr/bin/(busybox_|python3-|mtrace|xtrace|tzselect)"
+    r"|usr/bin/(i386-tcc|busybox_|python3-|mtrace|xtrace|tzselect)"
 )
+
+#: What is in the tree only while it is made: texts that the manifest quotes, the compiler of the initramfs's init.
+ONLY_TO_BUILD = re.compile(r"usr/share/(doc|base-passwd)(/|$)|usr/bin/tcc$|usr/lib/x86_64-linux-gnu/tcc(/|$)")
 
 #: Modules of the standard library that stay out: tests and tools, and extensions whose libraries are not there.
 #: Without OpenSSL hashlib and hmac use Python's own code, and load in a fraction of the time.
@@ -32,7 +33,18 @@ LEFT_OUT_STDLIB = re.compile(
 )
 
 #: Links into busybox that would mislead: the agent is init, and nothing here is a package manager.
-APPLETS_LEFT_OUT = {"init", "linuxrc", "dpkg", "dpkg-deb", "rpm", "rpm2cpio", "busybox", "run-init", "resume"}
+APPLETS_LEFT_OUT = {
+    "init",
+    "linuxrc",
+    "dpkg",
+    "dpkg-deb",
+    "rpm",
+    "rpm2cpio",
+    "busybox",
+    "run-init",
+    "resume",
+    "nuke",
+}
 
 #: Mount points and places that programs expect, with their modes; `l` is short because overlay layers are
 #: mounted below it and mount(2) takes 4 KiB of options.
@@ -58,7 +70,6 @@ LINKS = {
     "var/run": "../run",
 }
 
-BUSYBOX = "usr/bin/busybox"
 AGENT = "usr/lib/byre"
 INIT = """\
 import sys
@@ -69,38 +80,41 @@ from byre_guest.__main__ import main
 main()
 """
 
-#: `License: NAME` of the machine-readable format, or a file that an older text points to.
-LICENCE = re.compile(r"^License: *(\S.*)$|/usr/share/common-licenses/([A-Za-z][\w.+-]*\w)", re.MULTILINE)
-
 
 def base(
-    apt: Apt, pins: list[Pin], release: str, modules: dict[str, Module], say: Callable[[str], None]
-) -> tuple[Tree, dict[str, list[str]]]:
-    """The tree without the agent, and each package's licences.  `pins` are all packages but the kernel."""
+    package_files: dict[str, Path], linux: KernelPackage, say: Callable[[str], None]
+) -> tuple[Tree, bytes, dict[str, list[str]]]:
+    """The tree without the agent, the initramfs's init, each package's licences.
+
+    `package_files` are all packages but the kernel's, by name.
+    """
     tree = Tree()
-    for pin in sorted(pins):
-        say(f"unpacking {pin.name}")
-        with tools.reading([tools.find("dpkg-deb"), "--fsys-tarfile", apt.file(pin)]) as stream:
+    say(f"unpacking {len(package_files)} packages")
+    for _, file in sorted(package_files.items()):
+        with tools.reading([tools.find("dpkg-deb"), "--fsys-tarfile", file]) as stream:
             tree.merge(stream, wanted)
-    licences = {pin.name: licences_of(tree, pin.name) for pin in pins}
-    for path in [path for path in tree.entries if path == "usr/share/doc" or path.startswith("usr/share/doc/")]:
-        del tree.entries[path]
+    tree.file(f"usr/share/doc/{linux.name}/copyright", linux.copyright)
+    package_licences = {name: licences.of_package(tree, name) for name in (*package_files, linux.name)}
+    init = programs.initramfs_init(tree)
     furnish(tree)
+    for path in [path for path in tree.entries if ONLY_TO_BUILD.match(path)]:
+        del tree.entries[path]
     add_applets(tree)
-    for module in modules.values():
-        tree.file(f"usr/lib/modules/{release}/{module.path}", module.data)
-    for name, text in indexes(modules).items():
-        tree.file(f"usr/lib/modules/{release}/{name}", text)
+    directory = f"usr/lib/modules/{linux.release}"
+    for module in linux.modules.values():
+        tree.file(f"{directory}/{module.path}", module.data)
+    for name, text in indexes(linux.modules).items():
+        tree.file(f"{directory}/{name}", text)
     say("compiling the standard library")
-    prefixes = (f"usr/lib/python{python_version(tree)}/", "usr/lib/python3/dist-packages/")
+    prefixes = (f"usr/lib/python{programs.python_version(tree)}/", "usr/lib/python3/dist-packages/")
     sources = {
         path: entry.data
         for path, entry in tree.entries.items()
         if path.startswith(prefixes) and path.endswith(".py")
     }
-    for path, code in compile_all(tree, sources).items():
+    for path, code in programs.bytecode(tree, sources).items():
         tree.file(path, code)
-    return tree, licences
+    return tree, init, package_licences
 
 
 def wanted(path: str) -> bool:
@@ -113,28 +127,13 @@ def wanted(path: str) -> bool:
     return not (stdlib and LEFT_OUT_STDLIB.match(path, stdlib.end()))
 
 
-def licences_of(tree: Tree, package: str) -> list[str]:
-    """Names of the licences in a package's copyright file; some packages share another's by a link."""
-    entry = tree.entries.get(f"usr/share/doc/{package}")
-    owner = entry.link.rpartition("/")[2] if entry is not None and entry.link else package
-    copyright_file = tree.entries.get(f"usr/share/doc/{owner}/copyright")
-    if copyright_file is None or not copyright_file.data:
-        return []
-    return licence_names(copyright_file.data)
-
-
-def licence_names(copyright_text: bytes) -> list[str]:
-    """Names of the licences in a copyright file, sorted."""
-    found = LICENCE.findall(copyright_text.decode(errors="replace"))
-    return sorted({(stated or pointed).strip() for stated, pointed in found})
-
-
 def furnish(tree: Tree) -> None:
     """Add the directories, files and links that maintainer scripts would have made."""
     for path, mode in DIRECTORIES.items():
         tree.directory(path, mode)
     for name in ("passwd", "group"):
-        tree.file(f"etc/{name}", tree.read(f"usr/share/base-passwd/{name}.master"))
+        master = tree.read(f"usr/share/base-passwd/{name}.master")
+        tree.file(f"etc/{name}", master.replace(b"/bin/bash", b"/bin/sh"))
     for path, text in FILES.items():
         tree.file(path, text)
     for path, target in LINKS.items():
@@ -143,26 +142,19 @@ def furnish(tree: Tree) -> None:
 
 def add_applets(tree: Tree) -> None:
     """A link to busybox for each program that no package brings, where busybox says that it belongs."""
-    with tempfile.TemporaryDirectory(prefix="byre-busybox-") as directory:
-        program = Path(directory) / "busybox"
-        program.write_bytes(tree.read(BUSYBOX))
-        program.chmod(0o700)
-        names = tools.run([program, "--list-full"]).decode().split()
-    for path in sorted(merged(name) for name in names):
+    for path in programs.busybox_applets(tree):
         if path not in tree.entries and path.rpartition("/")[2] not in APPLETS_LEFT_OUT:
             tree.link(path, "busybox" if path.startswith("usr/bin/") else "../bin/busybox")
 
 
-def agent_files(tree: Tree, packages: Mapping[str, Path]) -> dict[str, bytes]:
-    """Everything below /usr/lib/byre, by path: `packages` ({name: directory of sources}), init.py, bytecode."""
-    sources = {f"{AGENT}/init.py": INIT.encode()}
-    for name, directory in packages.items():
-        for path, data in python_sources(directory).items():
-            sources[f"{AGENT}/{name}/{path}"] = data
-    return {**sources, **compile_all(tree, sources)}
+def agent_files(tree: Tree, agent: dict[str, bytes]) -> dict[str, bytes]:
+    """Everything below /usr/lib/byre, by path in the guest: `agent` (by path below there), init.py, bytecode."""
+    sources = {f"{AGENT}/{path}": data for path, data in {**agent, "init.py": INIT.encode()}.items()}
+    python = {path: data for path, data in sources.items() if path.endswith(".py")}
+    return {**sources, **programs.bytecode(tree, python)}
 
 
-def python_sources(directory: Path) -> dict[str, bytes]:
-    """The Python files below a directory, by relative path, sorted."""
-    files = sorted(path for path in directory.rglob("*.py"))
+def sources_below(directory: Path) -> dict[str, bytes]:
+    """The sources below a directory (Python's, and this builder's C), by relative path, sorted."""
+    files = sorted(path for path in directory.rglob("*") if path.suffix in (".py", ".c"))
     return {path.relative_to(directory).as_posix(): path.read_bytes() for path in files}

@@ -52,15 +52,18 @@ def run(
     command: Sequence[str | Path], *, env: Mapping[str, str] | None = None, stdin: bytes | None = None
 ) -> bytes:
     """Standard output of a command that must succeed; `BuildFailed` with its words otherwise."""
-    done = subprocess.run(
-        command,
-        input=stdin,
-        stdin=subprocess.DEVNULL if stdin is None else None,
-        capture_output=True,
-        env={**ENVIRONMENT, **(env or {})},
-        timeout=STEP_TIMEOUT,
-        check=False,
-    )
+    try:
+        done = subprocess.run(
+            command,
+            input=stdin,
+            stdin=subprocess.DEVNULL if stdin is None else None,
+            capture_output=True,
+            env={**ENVIRONMENT, **(env or {})},
+            timeout=STEP_TIMEOUT,
+            check=False,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise BuildFailed(f"{command[0]} did not end within {STEP_TIMEOUT:.0f} s") from error
     if done.returncode:
         raise failed(command, done.returncode, done.stderr)
     return done.stdout

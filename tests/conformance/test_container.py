@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
 
 from byre import ProcessParameters, Resources, UpdateResources, errors
-from byre.cow import Container
 
 from .test_process import SOON, ended, read_all, read_until, shell
 
@@ -19,13 +17,6 @@ pytestmark = pytest.mark.vm
 
 async def make(vm: Any, image: str, *args: str, **options: Any) -> Any:
     return await vm.create_container(image=image, args=list(args) or ["sleep", "infinity"], **options)
-
-
-@pytest.fixture
-async def container(vm: Any, busybox: str) -> AsyncIterator[Container]:
-    async with await make(vm, busybox) as running:
-        await running.start()
-        yield running
 
 
 async def output(container: Any, *args: str) -> str:
@@ -211,9 +202,9 @@ async def test_properties(vm: Any, busybox: str, started: bool) -> None:
             await container.start()
         v1 = await container.properties("Statistics", "ProcessList")
         assert v1["Id"] == container.id
-        assert v1["Statistics"]["Memory"]["UsageCommitBytes"] >= 0
+        assert v1["Statistics"]["Memory"]["MemoryUsageCommitBytes"] >= 0
         v2 = await container.properties_v2("Statistics", "ProcessList")
-        metrics = v2["Metrics"]
+        metrics = v2["LCOWMetrics"]
         assert metrics["memory"]["usage"]["usage"] >= 0
         assert metrics["pids"]["limit"] > 0
         assert metrics["cpu"]["usage"]["total"] >= 0
@@ -226,7 +217,7 @@ async def test_properties(vm: Any, busybox: str, started: bool) -> None:
 async def test_statistics_without_limits(vm: Any, busybox: str) -> None:
     async with await make(vm, busybox, resources=Resources(memory_bytes=-1, pids=-1)) as container:
         await container.start()
-        metrics = (await container.properties_v2("Statistics"))["Metrics"]
+        metrics = (await container.properties_v2("Statistics"))["LCOWMetrics"]
         assert metrics["pids"]["limit"] == 0, "0 is how cgroup v1 metrics say: no limit"
         assert metrics["memory"]["usage"]["limit"] == (1 << 63) - 4096, "as cgroup v1 says it"
 
@@ -358,7 +349,7 @@ async def test_a_fork_bomb_meets_its_limit(vm: Any, busybox: str) -> None:
         await container.start()
         bomb = await shell(container, "b() { b | b & }; b; sleep 1000", stderr=True)
         async with asyncio.timeout(SOON):
-            while (await container.properties_v2("Statistics"))["Metrics"]["pids"]["current"] < 30:
+            while (await container.properties_v2("Statistics"))["LCOWMetrics"]["pids"]["current"] < 30:
                 await asyncio.sleep(0.05)
         async with await make(vm, busybox) as other:
             await other.start()

@@ -16,16 +16,23 @@ if TYPE_CHECKING:
 DEFAULT_VM = "default"  # as byre.rundir has it; a test compares them
 
 _WHICH_VM = """\
-which VM: the one that --in names; else the VM "default" while it is up (byre up); else a VM of the command's own,
-which is booted for it and ends with it.  --fresh always takes a VM of its own.  With a terminal on stderr, or -v, byre
-says which.  -d needs a VM that stays: where "default" is not up, it is brought up and left up."""
+which VM: the one that --in names; else the VM "default" while it is up (byre up); else a VM of the command's
+own, which is booted for it and ends with it.  --fresh always takes a VM of its own.  With a terminal on stderr,
+or -v, byre says which.  -d needs a VM that stays: where "default" is not up, it is brought up and left up."""
 
 _STATUS = """\
-exit status: the command's own; 128+n when signal n killed it; 124 after --timeout; 125 an error of byre's own; 126 the
-command is not executable; 127 it is not found; 2 usage error.
+exit status: the command's own; 128+n when signal n killed it; 124 after --timeout; 125 an error of byre's own;
+126 the command is not executable; 127 it is not found; 2 usage error.
 
-signals: with -t Ctrl-C is a byte for the terminal inside.  Without -t SIGINT, SIGTERM, SIGHUP and SIGQUIT are passed
-on; the second SIGINT, SIGTERM or SIGQUIT kills, the third leaves at once."""
+signals: with -it Ctrl-C is a byte for the terminal inside.  SIGINT, SIGTERM, SIGHUP and SIGQUIT that byre gets
+are passed on; the second SIGINT, SIGTERM or SIGQUIT kills, the third leaves at once.  What runs in the foreground
+ends with byre, even when that is killed by SIGKILL; what -d started goes on."""
+
+#: Flags of `run` that mean nothing for a process in the VM itself.
+_CONTAINER_FLAGS = (
+    *("detach", "rm", "name", "pids_limit", "entrypoint", "read_only", "privileged", "cap_add", "cap_drop"),
+    *("allow_new_privileges", "tmpfs", "hostname"),
+)
 
 _RUN = """\
 Run a command in a new container, or (--vm) in the virtual machine itself.
@@ -39,8 +46,7 @@ Run a command in a container that is there, or (--vm) in a VM that is up.
     byre exec CONTAINER [--] COMMAND...
     byre exec --vm [--] COMMAND...
 
-If byre itself is killed (SIGKILL), the command it had started is killed too, with its whole process tree.  Containers
-that `byre run` started go on, as container users expect."""
+If byre itself is killed, even by SIGKILL, so is the command, with its whole process tree."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -82,14 +88,14 @@ def build() -> Parser:
     _common(parser, default=False)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=Parser)
 
-    def add(name: str, command: str, text: str, **more: str) -> Parser:
+    def add(name: str, command: str, text: str, epilog: str = "") -> Parser:
         sub = commands.add_parser(
             name,
             help=text.partition("\n")[0],
             description=text,
             allow_abbrev=False,
             formatter_class=argparse.RawDescriptionHelpFormatter,
-            **more,
+            epilog=epilog,
         )
         sub.set_defaults(command=command, name_of_command=name, parser=sub)
         _common(sub, default=argparse.SUPPRESS)
@@ -98,7 +104,7 @@ def build() -> Parser:
     _run(add("run", "run:run", _RUN, epilog=f"{_WHICH_VM}\n\n{_STATUS}"))
     _exec(add("exec", "execute:execute", _EXEC, epilog=_STATUS))
     _shell(add("shell", "execute:shell", "Open a shell in a VM that is up, or (-C) in a container of it."))
-    _up(add("up", "vms:up", "Boot a VM that stays up, in the care of its keeper process, and wait until it is ready."))
+    _up(add("up", "vms:up", "Boot a VM that stays up, in the care of a keeper process; return when it is ready."))
     _down(add("down", "vms:down", "End a VM that is up, with all that runs in it."))
     add("ps", "vms:ps", "List the VMs that are up, their containers and their processes.")
     _containers(add)
@@ -126,6 +132,8 @@ def _run(parser: Parser) -> None:
     add("--pids-limit", type=int, metavar="N", help="most processes and threads at once; -1 for no limit")
     add("--entrypoint", metavar="PROGRAM", help="run this instead of the image's entrypoint")
     add("--read-only", action="store_true", help="the container cannot write its root file system")
+    add("--tmpfs", action="append", default=[], metavar="PATH[:OPTIONS]", help="a tmpfs at this path")
+    add("--hostname", metavar="NAME", help="host name inside; the container's id without it")
     add("--privileged", action="store_true", help="all capabilities and devices: the VM is the boundary")
     add("--cap-add", action="append", default=[], metavar="CAP", help="one capability more")
     add("--cap-drop", action="append", default=[], metavar="CAP", help="one capability less; ALL for none")
@@ -144,6 +152,7 @@ def _shell(parser: Parser) -> None:
     parser.add_argument("name", nargs="?", default=DEFAULT_VM, metavar="NAME", help="the VM (%(default)s)")
     parser.add_argument("-C", "--container", default="", metavar="ID", help="in this container")
     parser.add_argument("-u", "--user", default="", help="as uid, uid:gid, name or name:group")
+    parser.set_defaults(env=[], workdir="", timeout=None)
 
 
 def _process_flags(parser: Parser) -> None:
@@ -153,7 +162,7 @@ def _process_flags(parser: Parser) -> None:
     add("-e", "--env", action="append", default=[], metavar="NAME[=VALUE]", help="set, or pass on, a variable")
     add("-w", "--workdir", default="", metavar="PATH", help="working directory inside")
     add("-u", "--user", default="", help="as uid, uid:gid, name or name:group, looked up inside")
-    add("--timeout", type=_positive_float, metavar="SECONDS", help="kill it, with its process tree, after this time")
+    add("--timeout", type=_positive_float, metavar="SECONDS", help="kill it, with its process tree, after that")
 
 
 def _command(parser: Parser, shown: str) -> None:
@@ -206,15 +215,15 @@ def _image(parser: Parser) -> None:
 
     def add(name: str, text: str) -> Parser:
         sub = actions.add_parser(name, help=text, description=text, allow_abbrev=False)
-        sub.set_defaults(command=f"image:{name}", parser=sub)
+        sub.set_defaults(command=f"image:{name}".replace(":import", ":import_"), parser=sub)
         _common(sub, default=argparse.SUPPRESS)
         return sub
 
     add("build", "Build the guest image from Debian packages, or find the one that is built.")
     add("ls", "List the images that are built.")
     add("verify", "Compare an image's files with its manifest.")
-    add("export", "Write the image to one file, for hosts that cannot build it.").add_argument("file", metavar="FILE")
-    add("import", "Take in a file that `byre image export` wrote.").add_argument("file", metavar="FILE")
+    add("export", "Write the image to one file, for hosts that cannot build it.").add_argument("file")
+    add("import", "Take in a file that `byre image export` wrote.").add_argument("file")
 
 
 def _split_command(arguments: argparse.Namespace) -> None:
@@ -248,7 +257,7 @@ def _check_run(arguments: argparse.Namespace) -> None:
         error("--timeout needs somebody who waits: not with -d")
     if not arguments.vm:
         return
-    for flag in ("detach", "rm", "name", "pids_limit", "entrypoint", "read_only", "privileged", "cap_add", "cap_drop"):
+    for flag in _CONTAINER_FLAGS:
         if getattr(arguments, flag):
             error(f"--{flag.replace('_', '-')} is about a container: not with --vm")
 

@@ -1,10 +1,10 @@
 """Exit statuses and how errors look.
 
-    0 to 255   the command's own status; 128+n: it was killed by signal n
-    2          usage error
-    124        --timeout passed (as timeout(1) says it)
-    125        an error of byre's own: the command did not run, or its fate is not known
-    126, 127   the command is not executable, is not found
+0 to 255   the command's own status; 128+n: it was killed by signal n
+2          usage error
+124        --timeout passed (as timeout(1) says it)
+125        an error of byre's own: the command did not run, or its fate is not known
+126, 127   the command is not executable, is not found
 """
 
 from __future__ import annotations

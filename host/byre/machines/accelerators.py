@@ -16,18 +16,18 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from byre_proto.errors import printable
-
 from byre.errors import AcceleratorUnavailable, NotSupported
 from byre.machines import kvm_probe
 from byre.machines.clock import cpu_flags
+from byre_proto.errors import printable
 
 logger = logging.getLogger(__name__)
 
 #: Python's start and three instructions take 0.1 s; a vCPU that does not run never ends.
 PROBE_TIMEOUT = 5.0
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
-_VIRTUALIZATION_FLAGS = {"vmx": "Intel VT-x", "svm": "AMD-V"}
+#: Intel's and AMD's.
+_VIRTUALIZATION_FLAGS = {"vmx", "svm"}
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,10 @@ def _say_once(problem: str) -> None:
 
 def kvm_problem() -> str | None:
     """Why KVM cannot run a guest here; None if it can."""
-    if not cpu_flags() & _VIRTUALIZATION_FLAGS.keys():
+    flags = cpu_flags()
+    if not flags:
+        return "the CPU's flags could not be read from /proc/cpuinfo"
+    if not flags & _VIRTUALIZATION_FLAGS:
         return (
             "the CPU shows no virtualization extension (neither vmx nor svm in /proc/cpuinfo); "
             "it is switched off in the firmware, or this is a virtual machine without nested virtualization"
@@ -117,9 +120,9 @@ def _memory() -> Path | None:
 
 def run_probe(argv: list[str], timeout: float = PROBE_TIMEOUT) -> str:
     """What `kvm_probe` printed, or why it printed nothing."""
-    pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    pipe = subprocess.PIPE
     try:
-        process = subprocess.Popen(argv, text=True, **pipes)
+        process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe, text=True)
     except OSError as error:
         return f"the probe could not be started: {error}"
     try:

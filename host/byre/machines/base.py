@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from byre.errors import ConnectionLost
+from byre.machines.config import MachineConfig
 from byre.machines.console import ConsoleRing
 from byre.machines.disks import Disk, DiskTable
 
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
     from typing import Any
+
+__all__ = ["Disk", "Machine", "MachineConfig", "MachineExit"]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -45,7 +45,7 @@ def cpu_flags() -> frozenset[str]:
 
 @functools.cache
 def tsc_khz() -> int | None:
-    """The time-stamp counter's rate in kHz; None if it is not constant or cannot be measured.  Takes 40 ms, once."""
+    """The time-stamp counter's rate in kHz; None if it is not constant or cannot be measured (40 ms, once)."""
     if platform.machine() != "x86_64" or not {"constant_tsc", "nonstop_tsc"} <= cpu_flags():
         return None
     try:

@@ -8,15 +8,19 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import logging
 import stat
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from byre.errors import InvalidRequest, MachineFailed, ResourceExhausted
+from byre_proto.errors import ByreError
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
     from pathlib import Path
+
+logger = logging.getLogger(__name__)
 
 #: One disk per SCSI target; QEMU's virtio-scsi controller has targets 0 to 255, each with LUN 0.
 MAX_DISKS = 256
@@ -85,7 +89,10 @@ class DiskTable:
         try:
             await self._plug(place.disk)
         except BaseException:
-            await self._remove(place)
+            try:
+                await self._remove(place)
+            except ByreError as error:  # what went wrong first is what the caller hears of
+                logger.warning("! the place of %s is lost: %s", place.disk.path, error)
             raise
         place.plugged = True
 

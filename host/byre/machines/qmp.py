@@ -13,10 +13,10 @@ import asyncio
 import logging
 from typing import TYPE_CHECKING, Any
 
-from byre_proto.errors import printable
-from qemu.qmp import ConnectError, EventListener, ExecuteError, QMPClient, QMPError
+from qemu.qmp import ConnectError, EventListener, ExecuteError, QMPClient, QMPError, Runstate
 
 from byre.errors import ConnectionLost, DeadlineExceeded, MachineFailed
+from byre_proto.errors import printable
 
 if TYPE_CHECKING:
     import socket
@@ -30,6 +30,8 @@ CALL_TIMEOUT = 20.0
 GREETING_TIMEOUT = 30.0
 #: Longest message from QEMU, in bytes; nothing that is asked here is answered by more.
 MAX_MESSAGE = 1024 * 1024
+#: The end of file is there when QEMU has ended; this is for what must not happen.
+_EOF_TIMEOUT = 1.0
 
 
 class _Demoted(logging.LoggerAdapter[logging.Logger]):
@@ -56,16 +58,20 @@ class Qmp:
         keeps_all, self._client.events = self._client.events, _Dispatch(on_event)
         self._client.register_listener(self._client.events)
         self._client.remove_listener(keeps_all)
+        self._connecting = asyncio.Lock()
 
     async def connect(self, sock: socket.socket) -> None:
-        """Take over `sock`, await the greeting and leave negotiation mode."""
+        """Take `sock` over, await the greeting and leave negotiation mode."""
         try:
-            async with asyncio.timeout(GREETING_TIMEOUT):
+            async with self._connecting, asyncio.timeout(GREETING_TIMEOUT):
                 await self._client.connect(sock)
         except TimeoutError:
             raise DeadlineExceeded(f"QEMU did not answer within {GREETING_TIMEOUT:g} s of its start") from None
         except ConnectError as error:
             raise ConnectionLost(f"QEMU closed its control channel: {printable(str(error))}") from error
+        finally:
+            if self._client.runstate is not Runstate.RUNNING:
+                sock.close()
 
     @property
     def version(self) -> tuple[int, int, int]:
@@ -85,13 +91,22 @@ class Qmp:
                 f"QEMU did not answer {command} within {CALL_TIMEOUT:g} s", command=command
             ) from None
         except ExecuteError as error:
-            raise MachineFailed(f"QEMU refused {command}: {printable(str(error))}", command=command) from error
+            raise MachineFailed(
+                f"QEMU refused {command}: {printable(str(error))}", command=command, qmp_class=error.error_class
+            ) from error
         except (QMPError, OSError, EOFError) as error:
             raise ConnectionLost(f"QEMU went away during {command}", command=command) from error
 
-    async def close(self) -> None:
-        """End the session, once QEMU has ended: what it sent last has been dispatched."""
-        try:
-            await self._client.disconnect()
-        except Exception as error:  # the reader's EOF or reset, mostly
-            logger.debug("x QMP: %s", error)
+    async def close(self, *, orderly: bool = True) -> None:
+        """End the session, once QEMU has ended.  Orderly: what it sent last is dispatched first."""
+        async with self._connecting:  # which ends at once, the other end being closed
+            try:
+                async with asyncio.timeout(_EOF_TIMEOUT):
+                    while orderly and self._client.runstate is Runstate.RUNNING:
+                        await self._client.runstate_changed()
+            except TimeoutError:
+                logger.warning("! QEMU has ended, and its control channel has not")
+            try:
+                await self._client.disconnect()
+            except Exception as error:  # the reader's end of file or reset, mostly
+                logger.debug("x QMP: %r", error)

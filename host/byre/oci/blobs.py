@@ -1,12 +1,12 @@
 """Where an image's files lie: a directory, or an archive that is read in place.
 
-Rule: a file is read by its name inside the image, up to a limit, and never written.  An archive's members are found
-once and then read at their offsets; only a compressed archive is decompressed, into a nameless temporary file.
+Rule: a file is read by its name inside the image, up to a limit, and never written.  An archive's members
+are found once and then read at their offsets; only a compressed archive is decompressed, into a nameless
+temporary file.
 """
 
 from __future__ import annotations
 
-import io
 import os
 import posixpath
 import stat
@@ -17,7 +17,7 @@ from typing import BinaryIO, Protocol, cast
 
 from byre.errors import ImageInvalid, ImageNotFound
 from byre.oci import tarstream
-from byre.oci.compression import CHUNK, decompressed, is_compressed
+from byre.oci.compression import CHUNK, Reader, decompressed, is_compressed
 
 _MAX_LINKS = 40  # the kernel's own limit for symbolic links in one path
 
@@ -73,7 +73,7 @@ class Archive:
 
     def __init__(self, path: Path, keep: ExitStack) -> None:
         try:
-            file = keep.enter_context(open(path, "rb", buffering=0))
+            file = keep.enter_context(open(path, "rb", buffering=0))  # noqa: SIM115 - `keep` is the context manager
         except OSError as error:
             raise ImageNotFound(f"{path} cannot be read: {error.strerror}") from error
         head = os.pread(file.fileno(), 6, 0)
@@ -114,25 +114,21 @@ class Archive:
         return cast(BinaryIO, _Window(self._file.fileno(), *found))
 
 
-class _Window(io.RawIOBase):
+class _Window(Reader):
     """`size` bytes of a file from `offset` on; several may be read side by side."""
 
     def __init__(self, fd: int, offset: int, size: int) -> None:
         self._fd, self._offset, self._left = fd, offset, size
 
-    def readable(self) -> bool:
-        return True
-
-    def read(self, size: int = -1, /) -> bytes:
-        wanted = self._left if size < 0 else min(size, self._left)
-        data = os.pread(self._fd, wanted, self._offset)
+    def some(self, size: int) -> bytes:
+        data = os.pread(self._fd, min(size, self._left), self._offset)
         self._offset += len(data)
         self._left -= len(data)
         return data
 
 
 def _unpacked(file: BinaryIO, keep: ExitStack) -> BinaryIO:
-    whole = keep.enter_context(tempfile.TemporaryFile(buffering=0))
+    whole = keep.enter_context(tempfile.TemporaryFile(buffering=0))  # noqa: SIM115 - the same
     count = 0
     with decompressed(file) as stream:
         while data := stream.read(CHUNK):

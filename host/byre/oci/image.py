@@ -1,7 +1,8 @@
 """What a container image is to byre: a verified configuration and its layers, lowest first.
 
-Rule: whatever comes out of a JSON document is checked here, field by field; the rest of byre may trust these types.
-Source: OCI image-spec v1.1 `config.md`, `manifest.md`; Docker's image spec v1.2 has the same fields.
+Rule: whatever comes out of a JSON document is checked here, field by field; the rest of byre may trust
+these types. Source: OCI image-spec v1.1 `config.md`, `manifest.md`; Docker's image spec v1.2 has the same
+fields.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ _DIGEST = re.compile(r"(sha256:[0-9a-f]{64}|sha512:[0-9a-f]{128})\Z")
 
 @dataclass(frozen=True)
 class ImageConfig:
-    """An image's defaults.  `entrypoint` and `cmd` are None where the image has none; `env` are NAME=VALUE."""
+    """An image's defaults.  `entrypoint` and `cmd` are None where the image has none; `env` are
+    NAME=VALUE."""
 
     architecture: str
     os: str
@@ -127,5 +129,7 @@ def _volume(path: str) -> str:
     """A volume's path, absolute and without `.` and `..`: it becomes a mount point."""
     parts = [part for part in path.split("/") if part not in ("", ".")]
     if not path.startswith("/") or ".." in parts or not parts or "\0" in path:
-        raise ImageInvalid(f"the image's configuration has the volume {show(path)}, which is no absolute path below /")
+        raise ImageInvalid(
+            f"the image's configuration has the volume {show(path)}, which is no absolute path below /"
+        )
     return "/" + "/".join(parts)

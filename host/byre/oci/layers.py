@@ -1,8 +1,8 @@
 """One layer: its blob verified and listed (`scan`), and the squashfs image made of it (`convert`).
 
-Rule: nothing is unpacked.  A layer's tar is read twice: once for its list of entries, from which `tree` makes the plan
-of the image, and once to stream the contents that the plan wants into `tar2sqfs`.  Both times the digests are checked,
-so a blob that changes in between gives an error and no image.
+Rule: nothing is unpacked.  A layer's tar is read twice: once for its list of entries, from which `tree`
+makes the plan of the image, and once to stream the contents that the plan wants into `tar2sqfs`.  Both
+times the digests are checked, so a blob that changes in between gives an error and no image.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ import shutil
 import subprocess
 import tarfile
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, cast
 
 import msgpack
 
@@ -26,7 +26,7 @@ from byre.errors import ByreError, ImageInvalid, MachineFailed, ToolMissing
 from byre.oci import tarstream
 from byre.oci.compression import CHUNK, DigestReader, decompressed
 from byre.oci.image import LayerSource
-from byre.oci.tarstream import Entry, TarReader, show
+from byre.oci.tarstream import Entry, TarReader
 from byre.oci.tree import Item
 from byre_proto.errors import printable
 
@@ -49,7 +49,8 @@ Seen = Callable[[int], None]
 
 
 def scan(layer: LayerSource, seen: Seen | None = None) -> list[Entry]:
-    """The layer's entries, in the tar's order.  The blob's digest is checked first, then the tar and its diff_id.
+    """The layer's entries, in the tar's order.  The blob's digest is checked first, then the tar and its
+    diff_id.
 
     `seen` is told the bytes read of the blob; what it raises ends the scan.  Raises ImageInvalid.
     """
@@ -57,8 +58,11 @@ def scan(layer: LayerSource, seen: Seen | None = None) -> list[Entry]:
         with layer.open() as blob:
             reader = DigestReader(blob, layer.digest.partition(":")[0], layer.size, seen)
             if (found := reader.digest()) != layer.digest:
-                raise ImageInvalid(f"the layer {layer.digest} has the digest {found}",
-                                   hint="the image was changed or damaged: copy it anew", digest=found)
+                raise ImageInvalid(
+                    f"the layer {layer.digest} has the digest {found}",
+                    hint="the image was changed or damaged: copy it anew",
+                    digest=found,
+                )
     with _tar(layer, seen) as tar:
         return list(tar)
 
@@ -69,35 +73,46 @@ def _tar(layer: LayerSource, seen: Seen | None) -> Iterator[TarReader]:
     with layer.open() as blob, decompressed(DigestReader(blob, "sha256", layer.size, seen)) as stream:
         reader = DigestReader(stream, layer.diff_id.partition(":")[0], tarstream.MAX_BYTES)
         try:
-            yield TarReader(reader)
+            yield TarReader(io.BufferedReader(reader, CHUNK))
         except ImageInvalid as error:
             if not error.data.get("layer"):
                 error.data["layer"] = layer.digest or layer.diff_id
             raise
         if (found := reader.digest()) != layer.diff_id:
-            raise ImageInvalid(f"the layer with the diff_id {layer.diff_id} has {found} when decompressed",
-                               hint="the image is inconsistent: build or copy it anew", digest=found)
+            raise ImageInvalid(
+                f"the layer with the diff_id {layer.diff_id} has {found} when decompressed",
+                hint="the image is inconsistent: build or copy it anew",
+                digest=found,
+            )
 
 
 def plan_key(plan: Sequence[Item], diff_ids: Sequence[str], copy: int) -> str:
-    """The hex digest of all that determines a layer's image: what is in it, and where its files' data come from.
+    """The hex digest of all that determines a layer's image: what is in it, and where its files' data come
+    from.
 
-    `copy` counts the times that one stack of layers needs the same image: an overlay takes no directory twice.
+    `copy` counts the times that one stack of layers needs the same image: an overlay takes no directory
+    twice.
     """
-    hasher = hashlib.sha256(msgpack.packb([VERSION, copy], use_bin_type=True))
+    hasher = hashlib.sha256(b"%d %d\n" % (VERSION, copy))
     for entry, (layer, ordinal) in plan:
         packed = msgpack.packb([*entry, diff_ids[layer] if layer >= 0 else "", ordinal],
                                use_bin_type=True, unicode_errors="surrogateescape")  # fmt: skip
-        hasher.update(packed)
+        hasher.update(cast(bytes, packed))
     return hasher.hexdigest()
 
 
-def convert(plan: Sequence[Item], layers: Sequence[LayerSource], listed: Sequence[Sequence[Entry]], target: Path,
-            seen: Seen | None = None) -> None:
+def convert(
+    plan: Sequence[Item],
+    layers: Sequence[LayerSource],
+    listed: Sequence[Sequence[Entry]],
+    target: Path,
+    seen: Seen | None = None,
+) -> None:
     """Write the squashfs image of `plan` to `target`, which must not exist.
 
-    `layers` and `listed` are the stack up to this layer and its entries as `scan` gave them.  The image is the same
-    bytes for the same plan.  Raises ImageInvalid, ToolMissing, and MachineFailed when tar2sqfs fails.
+    `layers` and `listed` are the stack up to this layer and its entries as `scan` gave them.  The image is
+    the same bytes for the same plan.  Raises ImageInvalid, ToolMissing, and MachineFailed when tar2sqfs
+    fails.
     """
     wanted: dict[int, dict[int, Entry]] = {}
     with _Squashfs(target) as out:
@@ -113,8 +128,9 @@ def convert(plan: Sequence[Item], layers: Sequence[LayerSource], listed: Sequenc
                 out.entry(entry)
 
 
-def _contents(layer: LayerSource, listed: Sequence[Entry], wanted: dict[int, Entry], out: _Squashfs,
-              seen: Seen | None) -> None:
+def _contents(
+    layer: LayerSource, listed: Sequence[Entry], wanted: dict[int, Entry], out: _Squashfs, seen: Seen | None
+) -> None:
     """Stream the files of a layer that are `wanted`, by ordinal."""
     with _tar(layer, seen) as tar:
         for ordinal, found in enumerate(tar):
@@ -140,8 +156,14 @@ class _Squashfs:
     def __enter__(self) -> _Squashfs:
         self._errors: IO[bytes] = tempfile.TemporaryFile()
         try:
-            self._process = subprocess.Popen(self._command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL,
-                                             stderr=self._errors, env={"SOURCE_DATE_EPOCH": "0", "LC_ALL": "C"})
+            self._process = subprocess.Popen(
+                self._command,
+                stdin=subprocess.PIPE,
+                bufsize=0,
+                stdout=subprocess.DEVNULL,
+                stderr=self._errors,
+                env={"SOURCE_DATE_EPOCH": "0", "LC_ALL": "C"},
+            )
         except BaseException:
             self._errors.close()
             raise
@@ -161,7 +183,7 @@ class _Squashfs:
             self._process.wait()
             self._errors.close()
 
-    def entry(self, entry: Entry, data: Iterator[bytes] = iter(())) -> None:
+    def entry(self, entry: Entry, data: Iterable[bytes] = ()) -> None:
         header = _header(entry)
         self._write(header.tobuf(tarfile.PAX_FORMAT, *_TEXT))
         for piece in data:
@@ -204,9 +226,11 @@ class _Squashfs:
         self._errors.seek(0)
         said = printable(self._errors.read(4096).decode("utf-8", "replace").strip())
         free = shutil.disk_usage(self._target.parent).free >> 20
-        return MachineFailed(f"tar2sqfs {what}: {said or 'it said nothing'}",
-                             hint=f"{self._target.parent} has {free} MiB left; the cache is under $XDG_CACHE_HOME",
-                             command=self._command)  # fmt: skip
+        return MachineFailed(
+            f"tar2sqfs {what}: {said or 'it said nothing'}",
+            hint=f"{self._target.parent} has {free} MiB left; XDG_CACHE_HOME moves the cache",
+            command=self._command,
+        )
 
 
 def _header(entry: Entry) -> tarfile.TarInfo:

@@ -1,7 +1,7 @@
 """Finds a container image by its reference: OCI layouts, OCI archives and docker archives.
 
-Rule: what this returns was checked against its digests, except the layers' blobs, which are large and are checked
-when they are converted.  Nothing is fetched: the hint of a reference to a registry says how.
+Rule: what this returns was checked against its digests, except the layers' blobs, which are large and are
+checked when they are converted.  Nothing is fetched: the hint of a reference to a registry says how.
 Source: OCI image-spec v1.1 `image-layout.md`, `image-index.md`, `manifest.md`; containers-transports(5).
 """
 
@@ -42,16 +42,21 @@ _MANIFESTS = {_OCI + "manifest.v1+json", _DOCKER + "distribution.manifest.v2+jso
 _LAYERS = {
     *(_OCI + "layer." + rest for rest in ("v1.tar", "v1.tar+gzip", "v1.tar+zstd")),
     *(_OCI + "layer.nondistributable." + rest for rest in ("v1.tar", "v1.tar+gzip", "v1.tar+zstd")),
-    *(_DOCKER + "image.rootfs." + rest for rest in ("diff.tar", "diff.tar.gzip", "diff.tar.zstd", "foreign.diff.tar.gzip")),
+    *(
+        _DOCKER + "image.rootfs." + rest
+        for rest in ("diff.tar", "diff.tar.gzip", "diff.tar.zstd", "foreign.diff.tar.gzip")
+    ),
 }
+_OCI_ONLY = ("oci", "oci-archive")
 _REF_NAME = "org.opencontainers.image.ref.name"
 _FETCH = "to fetch an image: skopeo copy docker://docker.io/library/debian:stable-slim oci:debian"
 
 
 @contextmanager
 def open_image(reference: str) -> Iterator[ContainerImage]:
-    """The image at `reference`: ``oci:PATH[:TAG]`` (a layout directory or its archive), ``oci-archive:PATH[:TAG]``,
-    ``docker-archive:PATH[:NAME[:TAG]]``, or a plain ``PATH[:TAG]`` of any of them.
+    """The image at `reference`: ``oci:PATH[:TAG]`` (a layout directory or its archive),
+    ``oci-archive:PATH[:TAG]``, ``docker-archive:PATH[:NAME[:TAG]]``, or a plain ``PATH[:TAG]`` of any of
+    them.
 
     The layers can be read until the context ends.  Of an image for several platforms it is linux/amd64.
     Raises ImageNotFound (no such path, tag or platform) and ImageInvalid.
@@ -61,16 +66,19 @@ def open_image(reference: str) -> Iterator[ContainerImage]:
         files: Files = Directory(path) if path.is_dir() else Archive(path, keep)
         if files.size("oci-layout") is not None and transport != "docker-archive":
             yield _from_layout(files, reference, tag)
-        elif files.size("manifest.json") is not None and transport in ("docker-archive", "") and not path.is_dir():
+        elif files.size("manifest.json") is not None and transport not in _OCI_ONLY and not path.is_dir():
             yield _from_docker(files, reference, tag)
         else:
-            raise ImageInvalid(f"{path} is no {transport or 'container'} image: it has no "
-                               + ("manifest.json" if transport == "docker-archive" else "oci-layout"),
-                               hint="skopeo copy converts between the kinds of image; " + _FETCH)
+            raise ImageInvalid(
+                f"{path} is no {transport or 'container'} image: it has no "
+                + ("manifest.json" if transport == "docker-archive" else "oci-layout"),
+                hint="skopeo copy converts between the kinds of image; " + _FETCH,
+            )
 
 
 def _parse(reference: str) -> tuple[str, Path, str]:
-    """`(transport, path, tag)`; the path is the longest beginning that exists, for both may have colons in them."""
+    """`(transport, path, tag)`; the path is the longest beginning that exists, for both may have colons in
+    them."""
     transport, colon, rest = reference.partition(":")
     if not colon or transport not in ("oci", "oci-archive", "docker-archive"):
         transport, rest = "", reference
@@ -92,7 +100,7 @@ def _exists(path: Path) -> bool:
         raise ImageNotFound(f"{path} cannot be read: {error.strerror}") from error
 
 
-# -- OCI ---------------------------------------------------------------------------------------------------------------
+# -- OCI ---------------------------------------------------------------------------------------------------
 
 
 def _from_layout(files: Files, reference: str, tag: str) -> ContainerImage:
@@ -113,7 +121,8 @@ def _from_layout(files: Files, reference: str, tag: str) -> ContainerImage:
 
 
 def _is_image(descriptor: Any) -> bool:
-    """Whether it may be an image's manifest or an index of them; buildkit's attestations are for unknown/unknown."""
+    """Whether it may be an image's manifest or an index of them; buildkit's attestations are for
+    unknown/unknown."""
     check_digest(get(descriptor, "digest", str, "a descriptor"), "a descriptor")
     platform = get(descriptor, "platform", dict, "a descriptor", {})
     media_type = get(descriptor, "mediaType", str, "a descriptor", _OCI + "manifest.v1+json")
@@ -132,16 +141,21 @@ def _tagged(entries: list[dict[str, Any]], reference: str, tag: str) -> list[dic
     if tag:
         entries = [d for d in entries if _tag(d) == tag] or [d for d in entries if _tag(d).endswith(":" + tag)]
         if not entries:
-            raise ImageNotFound(f"the image layout has no tag {show(tag)}", hint=listed, tags=tags, reference=reference)
+            raise ImageNotFound(
+                f"the image layout has no tag {show(tag)}", hint=listed, tags=tags, reference=reference
+            )
     if not entries:
         raise ImageNotFound("the image layout is empty", hint=_FETCH, reference=reference)
     if len({_tag(d) for d in entries}) > 1 and len({d.get("digest") for d in entries}) > 1:
-        raise ImageNotFound("the layout has several images", hint=f"add :TAG; {listed}", tags=tags, reference=reference)
+        raise ImageNotFound(
+            "the layout has several images", hint=f"add :TAG; {listed}", tags=tags, reference=reference
+        )
     return entries
 
 
 def _platform(entries: list[dict[str, Any]], reference: str) -> dict[str, Any]:
-    """The one descriptor for the guest's platform; one that names no platform is judged by its configuration."""
+    """The one descriptor for the guest's platform; one that names no platform is judged by its
+    configuration."""
     names = [_platform_name(d) for d in entries]
     fitting = [d for d, name in zip(entries, names, strict=True) if name in ("", f"{OS}/{ARCHITECTURE}")]
     if not fitting:
@@ -149,8 +163,10 @@ def _platform(entries: list[dict[str, Any]], reference: str) -> dict[str, Any]:
     if len({d.get("digest") for d in fitting}) > 1:
         exact = [d for d in fitting if _platform_name(d)]
         if len({d.get("digest") for d in exact}) != 1:
-            raise ImageNotFound("the layout has several images that no tag tells apart",
-                                hint="copy the one you mean into a layout of its own with skopeo copy")
+            raise ImageNotFound(
+                "the layout has several images that no tag tells apart",
+                hint="copy the one you mean into a layout of its own with skopeo copy",
+            )
         fitting = exact
     return fitting[0]
 
@@ -162,8 +178,11 @@ def _platform_name(descriptor: dict[str, Any]) -> str:
 
 def _no_platform(names: list[str], reference: str) -> ImageNotFound:
     listed = ", ".join(show(name) for name in names) or "no platform"
-    return ImageNotFound(f"the image is for {listed}, and the guest is {OS}/{ARCHITECTURE}",
-                         hint=f"fetch it with skopeo --override-arch {ARCHITECTURE} copy …", reference=reference)
+    return ImageNotFound(
+        f"the image is for {listed}, and the guest is {OS}/{ARCHITECTURE}",
+        hint=f"fetch it with skopeo --override-arch {ARCHITECTURE} copy …",
+        reference=reference,
+    )
 
 
 def _from_manifest(files: Files, reference: str, descriptor: dict[str, Any]) -> ContainerImage:
@@ -181,8 +200,10 @@ def _layer(files: Files, descriptor: Any, diff_id: str) -> LayerSource:
     media_type = get(descriptor, "mediaType", str, "a layer")
     digest = check_digest(get(descriptor, "digest", str, "a layer"), "a layer")
     if media_type not in _LAYERS:
-        raise ImageInvalid(f"the layer {digest} has the media type {show(media_type)}, which is not known",
-                           hint="copy the image anew with skopeo copy --format oci")
+        raise ImageInvalid(
+            f"the layer {digest} has the media type {show(media_type)}, which is not known",
+            hint="copy the image anew with skopeo copy --format oci",
+        )
     name, size = _locate(files, descriptor, "a layer")
     return LayerSource(digest, media_type, size, diff_id, lambda: files.open(name))
 
@@ -195,8 +216,10 @@ def _locate(files: Files, descriptor: Any, what: str) -> tuple[str, int]:
     if size is None:
         raise ImageInvalid(f"the image lacks the blob {algorithm}:{encoded} of {what}", hint="copy the image anew")
     if size != expected:
-        raise ImageInvalid(f"the blob {algorithm}:{encoded} of {what} has {size} bytes instead of {expected}",
-                           hint="the image was cut off or changed: copy it anew")
+        raise ImageInvalid(
+            f"the blob {algorithm}:{encoded} of {what} has {size} bytes instead of {expected}",
+            hint="the image was cut off or changed: copy it anew",
+        )
     return name, size
 
 
@@ -206,8 +229,10 @@ def _blob(files: Files, descriptor: Any, what: str) -> bytes:
     data = blobs.read(files, name, MAX_DOCUMENT)
     algorithm, _, encoded = descriptor["digest"].partition(":")
     if hashlib.new(algorithm, data).hexdigest() != encoded:
-        raise ImageInvalid(f"{what} does not have its digest {descriptor['digest']}",
-                           hint="the image was changed or damaged: copy it anew")
+        raise ImageInvalid(
+            f"{what} does not have its digest {descriptor['digest']}",
+            hint="the image was changed or damaged: copy it anew",
+        )
     return data
 
 
@@ -219,8 +244,10 @@ def _check_image(config: ImageConfig, layers: int, reference: str) -> None:
     if not layers:
         raise ImageInvalid("the image has no layers, so there is nothing to run in it")
     if layers > MAX_LAYERS:
-        raise ImageInvalid(f"the image has {layers} layers; an overlay takes {MAX_LAYERS}",
-                           hint="flatten the image, for example with docker export and docker import")
+        raise ImageInvalid(
+            f"the image has {layers} layers; an overlay takes {MAX_LAYERS}",
+            hint="flatten the image, for example with docker export and docker import",
+        )
 
 
 def _json(data: bytes, what: str) -> Any:
@@ -230,7 +257,7 @@ def _json(data: bytes, what: str) -> Any:
         raise ImageInvalid(f"{what} is not JSON: {str(error)[:200]}") from None
 
 
-# -- docker save -------------------------------------------------------------------------------------------------------
+# -- docker save -------------------------------------------------------------------------------------------
 
 
 def _from_docker(files: Files, reference: str, tag: str) -> ContainerImage:
@@ -256,7 +283,9 @@ def _named(item: Any, tag: str) -> bool:
     """Whether `tag` names it as users write names: without the registry, and `latest` left out."""
     wanted = {tag, f"{tag}:latest"} if ":" not in tag.rpartition("/")[2] else {tag}
     names = get(item, "RepoTags", list, "manifest.json", [])
-    return any(isinstance(n, str) and (n in wanted or n.removeprefix("docker.io/library/") in wanted) for n in names)
+    return any(
+        isinstance(n, str) and (n in wanted or n.removeprefix("docker.io/library/") in wanted) for n in names
+    )
 
 
 def _docker_layer(files: Files, name: Any, diff_id: str) -> LayerSource:

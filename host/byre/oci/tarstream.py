@@ -4,8 +4,9 @@ Rule: an archive is read whole or refused by name.  Nothing is skipped, guessed 
 
 Why not `tarfile` alone: it takes a bad header in the middle of an archive for its end (so half a layer would pass
 for a layer), reads extended headers of any size into memory, and matches them with expressions that are quadratic
-in their length.  A header block itself is parsed by it (`TarInfo.frombuf`); what lies around it is done here: pax
-records, GNU long names and sparse maps, with a limit for each.  Format: POSIX.1-2008 pax, GNU tar's manual.
+in their length.  A header block itself is parsed by it (`TarInfo.frombuf`); what lies around it is done
+here: pax records, GNU long names and sparse maps, with a limit for each.  Format: POSIX.1-2008 pax, GNU
+tar's manual.
 """
 
 from __future__ import annotations
@@ -58,7 +59,8 @@ _XATTR = b"SCHILY.xattr."
 
 
 class Entry(NamedTuple):
-    """One entry.  `size` is in bytes with holes, `mtime` in seconds, `target` that of a link; texts by surrogateescape."""
+    """One entry.  `size` is in bytes with holes, `mtime` in seconds, `target` that of a link; texts by
+    surrogateescape."""
 
     name: str
     kind: str
@@ -107,10 +109,11 @@ class _Extended:
 
 
 class TarReader:
-    """Iterate for the entries; `data()` gives the bytes of the entry that came last, for as long as it is the last.
+    """Iterate for the entries; `data()` gives the bytes of the entry that came last, for as long as it is
+    the last.
 
-    `offset` is where that entry's data begin in the stream.  A stream that can seek is not read where it need not be.
-    Raises ImageInvalid at the first thing that is not as it must be.
+    `offset` is where that entry's data begin in the stream.  A stream that can seek is not read where it
+    need not be. Raises ImageInvalid at the first thing that is not as it must be.
     """
 
     def __init__(self, stream: ByteStream) -> None:
@@ -155,7 +158,7 @@ class TarReader:
             position = start + length
         yield from _zeros(self._size - position)
 
-    # -- the stream ------------------------------------------------------------------------------------------------
+    # -- the stream ----------------------------------------------------------------------------------------
 
     def _read(self, count: int) -> bytes:
         """Exactly `count` bytes; the callers keep it small."""
@@ -195,7 +198,7 @@ class TarReader:
         block = first + self._read(BLOCK - 1)
         return block if block.count(0) != BLOCK else None
 
-    # -- headers ---------------------------------------------------------------------------------------------------
+    # -- headers -------------------------------------------------------------------------------------------
 
     def _next(self) -> Entry | None:
         extended = _Extended()
@@ -250,7 +253,10 @@ class TarReader:
             if key in _PAX_NUMBERS or key in _PAX_TEXTS:
                 extended.pax[key] = value
             elif key.startswith(_XATTR):
-                extended.xattrs[key[len(_XATTR) :].decode(*_TEXT)] = value
+                try:
+                    extended.xattrs[key[len(_XATTR) :].decode()] = value
+                except UnicodeDecodeError:
+                    raise ImageInvalid(f"an extended attribute has the name {key[:99]!r}, not UTF-8") from None
             elif key in (b"GNU.sparse.offset", b"GNU.sparse.numbytes"):  # sparse format 0.0: repeated records
                 extended.segments.append(_decimal(value))
         self._limit_segments(extended)
@@ -274,14 +280,12 @@ class TarReader:
         lines: list[bytes] = []
         text, wanted = b"", 1
         while len(lines) < wanted:
-            if b"\n" not in text:
-                if len(text) > 32 or self._left < BLOCK:
-                    raise ImageInvalid("a sparse file's map is malformed")
-                text += self._read(BLOCK)
-                self._left -= BLOCK
-            *found, text = text.split(b"\n")
+            if self._left < BLOCK:
+                raise ImageInvalid("a sparse file's map is malformed")
+            self._left -= BLOCK
+            *found, text = (text + self._read(BLOCK)).split(b"\n")
             lines += found
-            wanted = 1 + 2 * _decimal(lines[0])
+            wanted = 1 + 2 * _decimal(lines[0] if lines else b"")
             if wanted > 1 + 2 * MAX_SEGMENTS:
                 raise ImageInvalid(f"a sparse file has more than {MAX_SEGMENTS} segments")
         extended.segments = [_decimal(line) for line in lines[1:wanted]]
@@ -351,7 +355,8 @@ class TarReader:
 
 
 def check(entry: Entry) -> None:
-    """Refuse what no file system can hold and what no honest archive has: absolute names, `..`, numbers out of range."""
+    """Refuse what no file system can hold and what no honest archive has: absolute names, `..`, numbers out
+    of range."""
     name = entry.name
     parts = name.split("/")
     if name.startswith("/"):
@@ -360,9 +365,15 @@ def check(entry: Entry) -> None:
         raise ImageInvalid(f"{entry.label} leaves the archive by '..'")
     if not name or "\0" in name or "\0" in entry.target:
         raise ImageInvalid(f"{entry.label} is an empty name, or has a NUL in its name or target")
-    lengths = max(len(part.encode(*_TEXT)) for part in parts), len(name.encode(*_TEXT)), len(entry.target.encode(*_TEXT))
+    lengths = (
+        max(len(part.encode(*_TEXT)) for part in parts),
+        len(name.encode(*_TEXT)),
+        len(entry.target.encode(*_TEXT)),
+    )
     if lengths[0] > MAX_NAME or max(lengths[1:]) > MAX_PATH:
-        raise ImageInvalid(f"{entry.label} is longer than a name of {MAX_NAME} or a path of {MAX_PATH} bytes may be")
+        raise ImageInvalid(
+            f"{entry.label} is longer than a name of {MAX_NAME} or a path of {MAX_PATH} bytes may be"
+        )
     if entry.kind in (LINK, SYMLINK) and not entry.target:
         raise ImageInvalid(f"{entry.label} is a link without a target")
     if not (0 <= entry.uid <= MAX_ID and 0 <= entry.gid <= MAX_ID):

@@ -1,21 +1,22 @@
-"""The merged file tree of an image's layers, names and attributes only, and what each layer adds to it for overlayfs.
+"""The merged file tree of an image's layers, names and attributes only, and what each layer adds to it for
+overlayfs.
 
-Theory.  An OCI layer is a tar to be unpacked over the layers below it; an overlayfs layer is a directory that is laid
-over others.  They differ where a tar leaves something unsaid: a parent directory that is not in the tar (in an overlay
-it would cover the one below with other attributes), a path through a symbolic link of a lower layer, a hard link to a
-lower layer's file, the same name twice.  So each tar is "unpacked" here in memory, over a tree of all that is below,
-and what it touched becomes the overlay's layer:
+Theory.  An OCI layer is a tar to be unpacked over the layers below it; an overlayfs layer is a directory
+that is laid over others.  They differ where a tar leaves something unsaid: a parent directory that is not
+in the tar (in an overlay it would cover the one below with other attributes), a path through a symbolic
+link of a lower layer, a hard link to a lower layer's file, the same name twice.  So each tar is "unpacked"
+here in memory, over a tree of all that is below, and what it touched becomes the overlay's layer:
 
     tar                                     overlay
     missing parent                          directory with the attributes it has below, or 0755 root
-    .wh.NAME, NAME is below                 character device 0:0 named NAME
+    .wh.NAME, and NAME is below             character device 0:0 named NAME
     .wh..wh..opq                            directory with the xattr trusted.overlay.opaque=y
     directory in the place of a removed one the same
-    hard link to a file below               the file again, copied up, and its link, as link(2) does in an overlay
+    hard link to a file below               the file again, copied up, and its link: as link(2) in an overlay
     the same name twice                     the last one
 
-Rule: no content passes through here, and nothing touches a file system.  A whiteout is made only where it hides
-something: in a directory that is not merged with one below, overlayfs shows it as a broken file.
+Rule: no content passes through here, and nothing touches a file system.  A whiteout is made only where it
+hides something: in a directory that is not merged with one below, overlayfs shows it as a broken file.
 Sources: OCI image-spec v1.1 `layer.md`; the kernel's `overlayfs.rst`.
 """
 
@@ -43,7 +44,8 @@ _XATTRS_OVERLAY = ("trusted.overlay.", "user.overlay.")
 
 @dataclass(eq=False, slots=True)
 class Node:
-    """An inode.  `born` and `touched` are numbers of layers, `source` is where a file's data are: (layer, ordinal)."""
+    """An inode.  `born` and `touched` are numbers of layers, `source` is where a file's data are: (layer,
+    ordinal)."""
 
     entry: Entry
     born: int
@@ -57,8 +59,9 @@ class Node:
 
 
 class Item(NamedTuple):
-    """One entry of a layer as overlayfs wants it.  `source` of a file: (layer, ordinal); `entry.target` of a hard
-    link is the path of an item of the same layer.  `entry.name` is the item's path, empty for the root."""
+    """One entry of a layer as overlayfs wants it.  `source` of a file: (layer, ordinal); `entry.target` of
+    a hard link is the path of an item of the same layer.  `entry.name` is the item's path, empty for the
+    root."""
 
     entry: Entry
     source: tuple[int, int]
@@ -98,7 +101,7 @@ class Tree:
             except _Unfit as reason:
                 raise ImageInvalid(f"{entry.label} of layer {self._layer + 1} {reason}") from None
 
-    # -- one entry -------------------------------------------------------------------------------------------------
+    # -- one entry -----------------------------------------------------------------------------------------
 
     def _add(self, entry: Entry, ordinal: int) -> None:
         parts = _split(entry.name)
@@ -156,8 +159,8 @@ class Tree:
             node.touched = self._layer
 
     def _walk(self, parts: Sequence[str], *, make: bool = True) -> list[Node]:
-        """The directories from the root to `parts`, with symbolic links resolved inside the root; with `make`,
-        missing ones are made."""
+        """The directories from the root to `parts`, with symbolic links resolved inside the root; with
+        `make`, missing ones are made."""
         stack, todo, links = [self._root], list(reversed(parts)), 0
         while todo:
             part = todo.pop()
@@ -190,7 +193,7 @@ class Tree:
             self.dropped.update({k for k, _ in entry.xattrs} - {k for k, _ in kept})
         return entry._replace(name="", xattrs=kept)
 
-    # -- links and whiteouts ---------------------------------------------------------------------------------------
+    # -- links and whiteouts -------------------------------------------------------------------------------
 
     def _link(self, stack: list[Node], name: str, target: str) -> None:
         parts = _split(target)
@@ -237,10 +240,11 @@ class Tree:
                     child.born = self._layer
                     todo.append(child)
 
-    # -- what the layer is -----------------------------------------------------------------------------------------
+    # -- what the layer is ---------------------------------------------------------------------------------
 
     def items(self) -> Iterator[Item]:
-        """The last layer for overlayfs, in an order that depends on its contents alone; the root comes first."""
+        """The last layer for overlayfs, in an order that depends on its contents alone; the root comes
+        first."""
         first: dict[Node, str] = {}
         todo = [("", self._root)]
         while todo:
@@ -251,13 +255,18 @@ class Tree:
             inside = f"{path}/" if path else ""
             for name in sorted(set(self._removed.get(node, ())) - set(node.children)):
                 yield Item(Entry(inside + name, CHAR, 0, 0, 0, 0, 0, "", (0, 0), ()), (-1, -1))
-            todo.extend((inside + name, child) for name, child in sorted(node.children.items(), reverse=True)
-                        if child.touched == self._layer)
+            todo.extend(
+                (inside + name, child)
+                for name, child in sorted(node.children.items(), reverse=True)
+                if child.touched == self._layer
+            )
 
     def _item(self, path: str, node: Node, first: dict[Node, str]) -> Item:
         entry = node.entry._replace(name=path)
         if node.is_dir:
-            return Item(entry._replace(xattrs=(*entry.xattrs, OPAQUE_XATTR)) if node in self._opaque else entry, (-1, -1))
+            return Item(
+                entry._replace(xattrs=(*entry.xattrs, OPAQUE_XATTR)) if node in self._opaque else entry, (-1, -1)
+            )
         original = first.setdefault(node, path)
         if original != path:
             return Item(entry._replace(kind=LINK, target=original, size=0, xattrs=()), (-1, -1))
@@ -266,4 +275,3 @@ class Tree:
 
 class _Unfit(Exception):
     """Why an entry cannot be: the end of a sentence that begins with its name."""
-

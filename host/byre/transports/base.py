@@ -44,8 +44,8 @@ class Transport(abc.ABC):
 
     @abc.abstractmethod
     def open(self, bus: str) -> Wiring:
-        """Take what it needs of the host, for a machine whose virtio devices are called virtio-\\*-``bus`` ("pci" or
-        "device").  TransportUnavailable if that fails.  Called once."""
+        """Take what it needs of the host, once.  ``bus`` ends the names of the machine's virtio devices ("pci" or
+        "device").  TransportUnavailable if something cannot be had."""
 
     @abc.abstractmethod
     async def connect(self) -> socket.socket:

@@ -13,7 +13,7 @@ from byre.transports.base import Transport, Wiring
 
 
 class MemoryTransport(Transport):
-    """`open` makes the pair; `guest` is the far end, to be taken by the one who plays the guest, and closed by it."""
+    """`open` makes the pair; `guest` is the far end, taken and closed by whoever plays the guest."""
 
     name = "memory"
 

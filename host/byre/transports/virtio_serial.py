@@ -1,4 +1,4 @@
-"""A virtio-serial port whose other end is a socket pair: it works on every machine, and no other process can reach it.
+"""A virtio-serial port that ends in a socket pair: every machine has it, and no other process can reach it.
 
 Rule: the host's end stays open for the machine's whole life.  Each time the host disconnects while the guest has
 output queued, the guest's port leaks a descriptor of its queue, and after 128 of them it can never be written

@@ -45,6 +45,7 @@ class Vsock(Transport):
     def __init__(self) -> None:
         self._secret = secrets.token_bytes(SECRET_SIZE)
         self._listener: socket.socket | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._cid = 0
 
     @classmethod
@@ -89,10 +90,13 @@ class Vsock(Transport):
     async def connect(self) -> socket.socket:
         if self._listener is None:
             raise TransportUnavailable("the vsock port is closed")
+        self._loop = asyncio.get_running_loop()
         return await accept_from(self._listener, self._cid)
 
     def close(self) -> None:
         if self._listener is not None:
+            if self._loop is not None:
+                self._loop.remove_reader(self._listener)
             self._listener.close()
             self._listener = None
 

@@ -1,0 +1,126 @@
+"""The floor under everything: the same kernel on a bare QEMU, busybox as init, an echo over virtio-serial.
+
+It loads nothing but what the echo needs, and has no agent, no root file system and no protocol: what it costs, the
+machine underneath costs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import shutil
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+from byre.machines.accelerators import probe
+from byre.machines.clock import host_tsc_khz
+from byre_images import Image
+from byre_images.initramfs import Node, cpio
+
+#: Longest that a bare machine may take for anything, in seconds.
+LIMIT = 120.0
+
+INIT = """#!/bin/busybox sh
+busybox mount -t devtmpfs dev /dev
+for m in $(busybox cat /modules/order); do busybox insmod /modules/$m; done
+while [ ! -c /dev/vport0p1 ]; do busybox usleep 1000; done
+busybox stty raw </dev/console
+exec 3<>/dev/vport0p1
+%s
+busybox poweroff -f
+"""
+
+#: Says that it is there, then echoes.
+ECHO = "echo ready >&3; exec busybox cat <&3 >&3"
+
+MACHINES = {
+    "pc": ["-M", "pc", "-device", "virtio-serial-pci"],
+    "microvm": ["-M", "microvm,rtc=on,pit=on,pic=on", "-device", "virtio-serial-device"],
+}
+
+
+def initramfs(image: Image, script: str = ECHO) -> bytes:
+    """A cpio with busybox, the modules of a virtio-serial port, and `script` at the end of its init."""
+    dep = _cat(image, "usr/lib/modules", "modules.dep").decode()
+    needs = {}
+    for line in dep.splitlines():
+        path, _, rest = line.partition(":")
+        needs[Path(path).name.partition(".")[0].replace("-", "_")] = [path, *rest.split()]
+    order: list[str] = []
+    for name in ("virtio_mmio", "virtio_pci", "virtio_console"):
+        if name in needs:
+            order += [path for path in reversed(needs[name]) if path not in order]
+    busybox = Path(shutil.which("busybox") or "/bin/busybox").read_bytes()
+    nodes = [Node(d, 0o40755) for d in ("bin", "dev", "modules")]
+    nodes += [Node("bin/busybox", 0o100755, busybox), Node("dev/console", 0o020600, device=(5, 1))]
+    names = []
+    for path in order:
+        names.append(Path(path).name)
+        nodes.append(Node(f"modules/{names[-1]}", 0o100644, _cat(image, "usr/lib/modules", path)))
+    nodes.append(Node("modules/order", 0o100644, "\n".join(names).encode()))
+    nodes.append(Node("init", 0o100755, (INIT % script).encode()))
+    return cpio(nodes)
+
+
+def _cat(image: Image, base: str, name: str) -> bytes:
+    """A file of the guest's root, below the directory of its kernel's release."""
+    release = subprocess.run(
+        ["rdsquashfs", "--list", base, image.root], check=True, capture_output=True, text=True
+    ).stdout.split()[-1]
+    return subprocess.run(
+        ["rdsquashfs", "--cat", f"{base}/{release}/{name}", image.root], check=True, capture_output=True
+    ).stdout
+
+
+@contextlib.asynccontextmanager
+async def bare_machine(
+    image: Image, machine: str, script: str = ECHO
+) -> AsyncIterator[tuple[socket.socket, float]]:
+    """A running bare machine: its channel, and when QEMU was started (time.perf_counter)."""
+    ours, theirs = socket.socketpair()
+    ours.setblocking(False)
+    khz = host_tsc_khz()
+    append = "quiet panic=-1 reboot=t console=ttyS0" + (f" tsc_early_khz={khz}" if khz else "")
+    accelerator = probe("auto").name
+    with tempfile.NamedTemporaryFile(prefix="byre-floor-") as file:
+        file.write(initramfs(image, script))
+        file.flush()
+        command = ["qemu-system-x86_64", "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"]
+        command += [
+            "-accel",
+            accelerator,
+            "-cpu",
+            "host" if accelerator == "kvm" else "max",
+            "-m",
+            "256",
+            "-smp",
+            "1",
+        ]
+        command += ["-kernel", str(image.kernel), "-initrd", file.name, "-append", append, "-serial", "null"]
+        command += [*MACHINES[machine], "-chardev", f"socket,id=c,fd={theirs.fileno()}"]
+        command += ["-device", "virtserialport,chardev=c"]
+        started = time.perf_counter()
+        process = await asyncio.create_subprocess_exec(*command, pass_fds=(theirs.fileno(),))
+        theirs.close()
+        try:
+            async with asyncio.timeout(LIMIT):
+                yield ours, started
+        finally:
+            ours.close()
+            with contextlib.suppress(ProcessLookupError):
+                process.kill()
+            await process.wait()
+
+
+async def boot_and_echo(image: Image, machine: str) -> float:
+    """Seconds from QEMU's start to the first echoed byte at the host."""
+    loop = asyncio.get_running_loop()
+    async with bare_machine(image, machine) as (channel, started):
+        await loop.sock_recv(channel, 64)
+        await loop.sock_sendall(channel, b"x\n")
+        await loop.sock_recv(channel, 64)
+        return time.perf_counter() - started

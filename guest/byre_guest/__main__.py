@@ -1,0 +1,214 @@
+"""Starts the agent: as PID 1 of a VM, or as an ordinary program.
+
+    python3 -I -S -E init.py              in the VM: PID 1 finds its channel itself
+    python3 -m byre_guest --fd N          over an inherited socket, N
+    python3 -m byre_guest --stdio         over stdin and stdout (SSH)
+
+As an ordinary program it ends with its channel, and everything that it started ends with it.  As PID 1 it goes on
+and takes the next connection; when it cannot go on, the VM ends, and the console says why.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import gc
+import os
+import sys
+
+from . import channels, init, logs, spawn, trees
+from .loop import EPOLLHUP, Loop
+from .processes import Processes
+from .reaper import Reaper
+from .server import Server
+from .signals import signals
+from .system import System
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any, NoReturn
+
+    from .channels import Channel
+
+#: A round of the loop that takes longer shows its stack on stderr (a VM's console), and again each time it passes.
+WATCHDOG_SECONDS = 20.0
+
+#: Between two attempts to reach the host by vsock, growing from the first to the second.
+REDIAL_SECONDS = (0.05, 2.0)
+
+#: New objects before the collector runs.  It must run, for the cycles of ended processes; each run costs, though.
+GC_THRESHOLD = 5000
+
+
+class Agent:
+    """The parts, put together; what differs between a VM's init and an ordinary program is here."""
+
+    def __init__(self, timeline: init.Timeline | None = None) -> None:
+        self.timeline = timeline
+        self.logs = logs.Logs()
+        self.loop = Loop(lambda error: self.logs.failure("an error of the agent itself", error))
+        self.reaper = Reaper(self.loop, self._on_signal)
+        self.processes = Processes(self.loop, self.reaper, self._emit)
+        self.server = Server(self.loop, self.reaper, self.logs, self.processes, self._dropped)
+        self._channel: Channel | None = None
+        self._dial: tuple[int, int] | None = None
+        self._redial_in = REDIAL_SECONDS[0]
+        system, processes = System(self.logs, timeline), self.processes
+        self.server.handlers.update(
+            {
+                "system.configure": system.configure,
+                "system.info": system.info,
+                "system.stacks": system.stacks,
+                "process.create": processes.create,
+                "process.signal": processes.signal,
+                "process.resize": processes.resize,
+                "process.release": processes.release,
+                "process.wait": processes.wait,
+                "process.list": processes.list,
+            }
+        )
+
+    def attach(self, channel: Channel, secret: bytes | None = None) -> None:
+        """Serve the host at the other end of the channel."""
+        self._channel = channel
+        channel.watch(self.loop, self._on_channel)
+        if not channel.port:
+            self.server.connect(channel, secret)
+
+    def _on_channel(self, mask: int) -> None:
+        channel = self._channel
+        if channel is None:
+            return
+        if channel.port and not self.server.connected and not mask & EPOLLHUP:
+            self.server.connect(channel, None)  # a host has opened the port
+        self.server.on_channel()
+
+    def dial(self, cid: int, port: int) -> None:
+        """Connect to the host by vsock; and again when it is not there, as after the restore of a snapshot."""
+        self._dial = (cid, port)
+        try:
+            channel = channels.dial(cid, port)
+        except OSError as error:
+            self.logs.log(logs.DEBUG, f"vsock {cid}:{port}: {error}")
+            self.loop.call_later(self._redial_in, lambda: self.dial(cid, port))
+            self._redial_in = min(self._redial_in * 2, REDIAL_SECONDS[1])
+            return
+        self._redial_in = REDIAL_SECONDS[0]
+        self.attach(channel, channels.read_secret())
+
+    def _dropped(self) -> None:
+        """The connection is over."""
+        channel = self._channel
+        assert channel is not None
+        if channel.port:
+            channel.forget()
+            if channels.has_host(channel.read_fd):  # another one already: there will be no edge for it
+                self.server.connect(channel, None)
+            return
+        self._channel = None
+        channel.close()
+        if self._dial is None:
+            self.loop.stop()
+        else:
+            self.dial(*self._dial)
+
+    def _on_signal(self, number: int) -> None:
+        if self.timeline is not None:
+            init.fatal(f"it was asked to, by signal {number}")
+        elif number != signals.SIGINT:  # typed into the host's terminal: the host's to handle
+            self.loop.stop()
+
+    def _emit(self, name: str, fields: dict[str, Any]) -> None:
+        self.server.event(name, fields)
+
+    def run(self) -> None:
+        """Serve until the end."""
+        faulthandler.register(signals.SIGALRM, file=2, all_threads=False)
+        self.loop.watch_over = _watch_over
+        gc.collect()
+        gc.freeze()
+        gc.set_threshold(GC_THRESHOLD)
+        self.loop.run()
+
+    def close(self) -> None:
+        """As an ordinary program: nothing that was started stays."""
+        self.processes.trees.kill_all()
+        self.reaper.wait_for_all()
+
+
+def _watch_over(busy: bool) -> None:
+    """A timer that only a stuck round lets expire; its signal is handled in C and prints the stack (B49)."""
+    signals.setitimer(signals.ITIMER_REAL, WATCHDOG_SECONDS if busy else 0, WATCHDOG_SECONDS)
+
+
+def main(arguments: list[str] | None = None) -> NoReturn:
+    """Run the agent; does not return."""
+    if os.getpid() == 1:
+        _run_init()
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if len(arguments) == 2 and arguments[0] == "--fd" and arguments[1].isdigit():
+        fd = int(arguments[1])
+        channel = channels.Channel(fd, fd)
+    elif arguments == ["--stdio"]:
+        channel = channels.Channel(os.dup(0), os.dup(1))
+        null = os.open(os.devnull, os.O_RDWR)
+        os.dup2(null, 0)
+        os.dup2(null, 1)
+    else:
+        sys.exit("usage: byre_guest --fd N | --stdio")
+    own_descriptors()
+    os.umask(0o022)
+    agent = Agent()
+    agent.attach(channel)
+    try:
+        agent.run()
+    finally:
+        agent.close()
+    sys.exit(0)
+
+
+def own_descriptors() -> None:
+    """What the agent has inherited is not for its children: no child closes anything, exec does."""
+    for name in os.listdir("/proc/self/fd"):
+        if int(name) > 2:
+            try:
+                os.set_inheritable(int(name), False)
+            except OSError:
+                pass  # the listing's own
+    spawn.raise_own_limits()
+
+
+def _run_init() -> NoReturn:
+    try:
+        timeline = init.Timeline()
+        timeline.done("agent imported")
+        channel = init.early(timeline)
+        own_descriptors()
+        agent = Agent(timeline)
+        kind, _, address = channel.partition(":")
+        if kind == "vsock":
+            cid, _, port = address.partition(":")
+            agent.dial(int(cid), int(port))
+        else:
+            agent.attach(channels.open_port())
+        timeline.done("channel open")
+        agent.loop.call_soon(lambda: _finish_init(agent, timeline))
+        agent.run()
+        reason = "its loop has ended"
+    except BaseException as error:
+        reason = logs.describe(error)
+    init.fatal(reason)
+    sys.exit(1)
+
+
+def _finish_init(agent: Agent, timeline: init.Timeline) -> None:
+    try:
+        init.late(timeline)
+    except Exception as error:
+        init.fatal(logs.describe(error))
+    agent.processes.trees.use_cgroups(trees.VM_PROCESSES, f"{init.CGROUPS}/agent")
+    agent.logs.follow_kernel(agent.loop)
+    timeline.done("ready")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,216 @@
+"""What a container needs on disk and in the mount table: scratch, overlay, specs.  All of it in helper children.
+
+    /run/byre/c/ID/scratch      tmpfs of a given size: what the container writes
+    /run/byre/c/ID/rootfs       overlay of the layers with it
+    /run/byre/c/ID/config.json  the spec for the runtime; config-terminal.json: the same with a terminal
+    /run/byre/c/ID/N.*          one call of the runtime: its log, pid file, process object, console socket
+
+Rule: `teardown` undoes `prepare` however far it came, and bears being repeated (B22).  Nothing here knows the
+loop; every function may block, and is killed when it takes too long (B47).  Source: overlayfs.rst, tmpfs(5).
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+
+from byre_proto.errors import ContainerNotReady, ResourceExhausted, StorageFailed
+
+from . import cgroups, linux, oci, rootfs, storage, users
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+BASE = "/run/byre/c"
+
+#: What mount(2) takes as options: one page, with the NUL that ends them.
+MAX_OPTIONS = 4095
+
+#: A scratch whose size nobody gave may take this share of the VM's memory.
+DEFAULT_SCRATCH_SHARE = 2
+
+#: Each inode of a tmpfs takes about 1 KiB of kernel memory that `size` does not count; one per this many bytes
+#: of size bounds it to a quarter, and leaves a small scratch enough to start with.
+BYTES_PER_INODE = 4096
+MIN_INODES = 4096
+
+#: redirect_dir and metacopy off: a layer's own attributes must not point elsewhere.  No index: the layers are
+#: shared by many overlays, and no overlay is mounted twice.
+OVERLAY_OPTIONS = "index=off,metacopy=off,redirect_dir=nofollow"
+
+#: A mount that takes over what the image has at its place (crun's "tmpcopyup"): a volume.
+COPY_UP = "tmpcopyup"
+
+
+def path_of(container: str) -> str:
+    """The directory of a container's bundle."""
+    return f"{BASE}/{container}"
+
+
+def prepare(
+    container: str, layers: list[str], scratch_bytes: int, spec: dict[str, Any], user: str
+) -> dict[str, Any]:
+    """Mount the root, set the limits, write the specs; returns the process object of the container's init.
+
+    `layers` are directories, lowest first.  Raises `StorageFailed`, `UserNotFound`, `InvalidRequest`,
+    `ProgramNotFound` and `ProgramNotExecutable` (for a format that cannot run).
+    """
+    bundle, cgroup = path_of(container), cgroups.path_of(container)
+    limits, spec = cgroups.take_limits(spec)
+    storage.need("overlay")
+    try:
+        os.makedirs(bundle, 0o700)
+        os.mkdir(cgroup)
+        _mount_root(bundle, layers, scratch_bytes)
+    except OSError as error:
+        raise StorageFailed(f"the root of {container} could not be made: {error}", errno=error.errno) from error
+    cgroups.apply(cgroup, limits)
+    root = f"{bundle}/rootfs"
+    root_fd = rootfs.open_root(root)
+    try:
+        process = _init_process(root_fd, spec["process"], user)
+        mounts = [_volume(root_fd, mount) for mount in spec.get("mounts", [])]
+        if not _below_a_mount(process, mounts):
+            _find_program(root_fd, process)
+    finally:
+        os.close(root_fd)
+    whole = oci.container_spec({**spec, "mounts": mounts}, root, f"/containers/{container}", process)
+    _write(f"{bundle}/config.json", oci.to_json(whole))
+    _write(f"{bundle}/config-terminal.json", oci.to_json({**whole, "process": {**process, "terminal": True}}))
+    return process
+
+
+def _mount_root(bundle: str, layers: list[str], scratch_bytes: int) -> None:
+    size = scratch_bytes or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // DEFAULT_SCRATCH_SHARE
+    inodes = max(MIN_INODES, size // BYTES_PER_INODE)
+    scratch, root = f"{bundle}/scratch", f"{bundle}/rootfs"
+    for directory in (scratch, root):
+        os.mkdir(directory)
+    linux.mount("scratch", scratch, "tmpfs", 0, f"size={size},nr_inodes={inodes},mode=0700")
+    upper, work = f"{scratch}/upper", f"{scratch}/work"
+    os.mkdir(upper)
+    os.mkdir(work)
+    top = os.stat(layers[-1])  # the root directory itself is as the highest layer has it
+    os.chown(upper, top.st_uid, top.st_gid)
+    os.chmod(upper, stat.S_IMODE(top.st_mode))
+    lower = ":".join(reversed(layers))
+    options = f"lowerdir={lower},upperdir={upper},workdir={work},{OVERLAY_OPTIONS}"
+    if len(options) > MAX_OPTIONS:
+        raise ResourceExhausted(f"{len(layers)} layers do not fit an overlay's options", hint="squash the image")
+    linux.mount("overlay", root, "overlay", 0, options)
+
+
+def _init_process(root_fd: int, given: dict[str, Any], user: str) -> dict[str, Any]:
+    found = users.look_up(root_fd, user) if user else None
+    process = oci.init_process(given, found)
+    oci.with_home(process, found["home"] if found else home_of(root_fd, process["user"]))
+    return process
+
+
+def home_of(root_fd: int, user: dict[str, Any]) -> str:
+    """The home of a process object's user by the container's /etc/passwd."""
+    home: str = users.look_up(root_fd, str(user.get("uid", 0)))["home"]
+    return home
+
+
+def _volume(root_fd: int, mount: dict[str, Any]) -> dict[str, Any]:
+    """A tmpfs that copies up gets owner and mode of the directory too, which the runtime leaves out."""
+    options = mount.get("options") or []
+    if COPY_UP not in options or any(option.startswith("mode=") for option in options):
+        return mount
+    found = rootfs.status(root_fd, mount["destination"])
+    if found is None:
+        return mount
+    mode = stat.S_IMODE(found.st_mode)
+    return {**mount, "options": [*options, f"mode={mode:o}", f"uid={found.st_uid}", f"gid={found.st_gid}"]}
+
+
+def _below_a_mount(process: dict[str, Any], mounts: list[dict[str, Any]]) -> bool:
+    """Whether the program may come from a mount, and so is not in the image: then only the runtime can tell."""
+    places = [mount["destination"].rstrip("/") + "/" for mount in mounts]
+    search = oci.variable(process, "PATH") or rootfs.DEFAULT_PATH
+    paths = rootfs.candidates(process["args"][0], process["cwd"], search)
+    return any(os.path.normpath(path).startswith(place) for path in paths for place in places)
+
+
+def _find_program(root_fd: int, process: dict[str, Any]) -> None:
+    """Check the program's format; without a PATH, which the runtime needs, name it by its path."""
+    search = oci.variable(process, "PATH")
+    program: str = process["args"][0]
+    path = rootfs.find_program(root_fd, program, process["cwd"], search or rootfs.DEFAULT_PATH)
+    if path and not search and "/" not in program:
+        process["args"] = [path, *process["args"][1:]]
+
+
+def prepare_exec(
+    root: str, base: dict[str, Any], arguments: dict[str, Any], process_file: str, leaf: str
+) -> dict[str, Any]:
+    """Write the process object of an exec and make its cgroup; returns its "args" and "cwd".
+
+    `root` is the container's root as its processes see it, mounts and all.  Raises `UserNotFound`,
+    `WorkingDirectoryNotFound`, `ProgramNotFound`, `ProgramNotExecutable`, `InvalidRequest` (B14) and
+    `ContainerNotReady`.
+    """
+    try:
+        root_fd = rootfs.open_root(root)
+    except OSError as error:
+        raise ContainerNotReady("the container has ended meanwhile", errno=error.errno) from error
+    try:
+        user = None
+        if arguments["oci"] is None and arguments["user"]:
+            user = users.look_up(root_fd, arguments["user"])
+        process = oci.exec_process(base, arguments, user)
+        if not oci.variable(process, "HOME"):
+            oci.with_home(process, user["home"] if user else home_of(root_fd, process["user"]))
+        rootfs.check_directory(root_fd, process["cwd"])
+        _find_program(root_fd, process)
+    finally:
+        os.close(root_fd)
+    _write(process_file, oci.to_json(process))
+    os.mkdir(leaf)
+    return {"args": process["args"], "cwd": process["cwd"]}
+
+
+def teardown(container: str) -> None:
+    """Unmount and remove all of a container.  What is not there is no error.  Raises `StorageFailed`."""
+    bundle = path_of(container)
+    cgroup = cgroups.path_of(container)
+    try:
+        for name in ("rootfs", "scratch"):
+            _unmount(f"{bundle}/{name}")
+        if os.path.isdir(bundle):
+            for name in os.listdir(bundle):
+                path = f"{bundle}/{name}"
+                if os.path.isdir(path):
+                    os.rmdir(path)
+                else:
+                    os.unlink(path)
+            os.rmdir(bundle)
+    except OSError as error:
+        raise StorageFailed(f"{bundle} could not be removed: {error}", errno=error.errno) from error
+    cgroups.kill(cgroup)
+    if not cgroups.remove(cgroup):
+        raise StorageFailed(f"a process still runs in {cgroup}")
+
+
+def _unmount(path: str) -> None:
+    for flags in (linux.UMOUNT_NOFOLLOW, linux.UMOUNT_NOFOLLOW | linux.MNT_DETACH):
+        try:
+            linux.umount(path, flags)
+            return
+        except OSError as error:
+            if error.errno in (errno.EINVAL, errno.ENOENT):  # no mount, no directory
+                return
+            if error.errno != errno.EBUSY or flags & linux.MNT_DETACH:
+                raise
+
+
+def _write(path: str, text: str) -> None:
+    with open(path, "w", encoding="ascii", opener=_private) as file:
+        file.write(text)
+
+
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_CLOEXEC, 0o600)

@@ -1,0 +1,216 @@
+"""The one byte stream between the agent and its host, whatever it is.
+
+    fd             a socketpair, or stdin and stdout: ends with its EOF
+    virtio-serial  the port named PORT_NAME: has no connections; read() == 0 means that no host is there now
+    vsock          the agent dials the host, again after each end
+
+Rule: descriptors are non-blocking and edge-triggered.  A level-triggered epoll on a port without a host wakes up
+hundreds of thousands of times a second; so after each edge the channel is read until it has nothing more.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import select
+from collections import deque
+from time import monotonic, sleep
+
+from .loop import EPOLLET, EPOLLIN, EPOLLOUT
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from .loop import Loop
+
+#: Name of the virtio-serial port, given to it on QEMU's command line.
+PORT_NAME = "org.byre.bridge"
+PORTS = "/sys/class/virtio-ports"
+
+#: Read at once.  More is slower on a port: its driver hands out one of its own pages per read.
+READ_SIZE = 64 * 1024
+
+#: How long the port may take to appear after its driver was loaded; milliseconds, unless the host is overloaded.
+PORT_SECONDS = 10.0
+
+#: Size of the virtio-serial driver's input buffers: one readv(2) over pieces of it empties several.
+PAGE = 4096
+
+#: What the driver takes per write; the rest of a larger one would come back as a partial write.
+PORT_WRITE = 32 * 1024
+
+#: The secret that the host gives through the firmware configuration device, where only root can read it.
+SECRET_FILE = "/sys/firmware/qemu_fw_cfg/by_name/opt/byre/secret/raw"
+
+
+class Channel:
+    """Bytes in, bytes out; never blocks.  `read_fd` and `write_fd` may be the same.
+
+    `port` is True for a virtio-serial port, on which reading nothing is no end.
+    """
+
+    def __init__(self, read_fd: int, write_fd: int, *, port: bool = False) -> None:
+        self.read_fd = read_fd
+        self.write_fd = write_fd
+        self.port = port
+        self.readable = True
+        self.writable = True
+        self._room_wanted = port  # of a port, room also means that a host has come
+        self._loop: Loop | None = None
+        self._buffer = memoryview(bytearray(READ_SIZE))
+        self._pieces = [self._buffer[at : at + PAGE] for at in range(0, READ_SIZE, PAGE)]
+        self._out: deque[bytes | memoryview] = deque()
+        for fd in (read_fd, write_fd):
+            os.set_blocking(fd, False)
+
+    def watch(self, loop: Loop, callback: Callable[[int], object]) -> None:
+        """Call `callback(mask)` when there may be something to read, or room to write after there was none."""
+
+        def ready(mask: int) -> None:
+            if mask & ~EPOLLOUT:
+                self.readable = True
+            if mask & EPOLLOUT:
+                self.writable = True
+                self._want_room(False)
+            callback(mask)
+
+        self._loop = loop
+        if self.write_fd != self.read_fd:
+            loop.add(self.read_fd, EPOLLIN | EPOLLET, ready)
+        loop.add(self.write_fd, self._mask(), ready)
+
+    def _mask(self) -> int:
+        return EPOLLET | (EPOLLIN if self.write_fd == self.read_fd else 0) | (EPOLLOUT if self._room_wanted else 0)
+
+    def _want_room(self, wanted: bool) -> None:
+        """Be told of room only while it is missing: a socket has it anew after each of the peer's reads."""
+        if wanted != self._room_wanted and self._loop is not None:
+            self._room_wanted = wanted
+            self._loop.modify(self.write_fd, self._mask())
+
+    def read(self) -> memoryview | None:
+        """Bytes, valid until the next call; empty at the end (of a port: no host); None when there are none now."""
+        try:
+            count = os.readv(self.read_fd, self._pieces)
+        except BlockingIOError:
+            self.readable = False
+            return None
+        except OSError as error:
+            if error.errno not in (errno.ECONNRESET, errno.EPIPE, errno.ENODEV, errno.ENOTCONN):
+                raise
+            count = 0
+        if not count or (count < READ_SIZE and not self.port):
+            self.readable = False  # it was empty; what comes later is a new edge
+        return self._buffer[:count]
+
+    @property
+    def idle(self) -> bool:
+        """Everything given to `write` is gone."""
+        return not self._out
+
+    def write(self, buffers: Iterable[bytes]) -> None:
+        """Take over buffers; `flush` them."""
+        if self.port:
+            # Each buffer of a writev would become a descriptor of the virtio queue, and an exit to the host.
+            whole = memoryview(b"".join(buffers))
+            self._out.extend(whole[at : at + PORT_WRITE] for at in range(0, len(whole), PORT_WRITE))
+        else:
+            self._out.extend(buffers)
+
+    def flush(self) -> bool:
+        """Write as much as the channel takes; whether that was all.  Raises OSError when it is broken."""
+        out = self._out
+        while out and self.writable:
+            try:
+                written = os.write(self.write_fd, out[0]) if self.port else os.writev(self.write_fd, list(out)[:64])
+            except BlockingIOError:
+                self.writable = False
+                self._want_room(True)
+                break
+            self._written(written)
+        return not out
+
+    def _written(self, count: int) -> None:
+        out = self._out
+        while count:
+            first = out.popleft()
+            if len(first) > count:
+                out.appendleft(memoryview(first)[count:])
+                return
+            count -= len(first)
+
+    def forget(self) -> None:
+        """Drop what was not written: it belongs to a connection that is over."""
+        self._out.clear()
+        self._want_room(self.port)
+
+    def close(self) -> None:
+        """No more of it."""
+        for fd in {self.read_fd, self.write_fd}:
+            if self._loop is not None:
+                self._loop.remove(fd)
+            os.close(fd)
+
+
+def open_port() -> Channel:
+    """The virtio-serial port, as soon as the host has told the driver its name.
+
+    Raises FileNotFoundError, with the ports that there are instead, after PORT_SECONDS.
+    """
+    deadline = monotonic() + PORT_SECONDS
+    while True:
+        ports = _ports()
+        if PORT_NAME in ports:
+            fd = os.open(f"/dev/{ports[PORT_NAME]}", os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
+            return Channel(fd, fd, port=True)
+        if monotonic() > deadline:
+            raise FileNotFoundError(errno.ENOENT, f"no virtio-serial port {PORT_NAME} among {sorted(ports)}")
+        sleep(0.001)  # at boot, before there is a loop; the driver's exchange with the device takes about this
+
+
+def _ports() -> dict[str, str]:
+    """Devices of virtio-serial ports by the ports' names."""
+    found = {}
+    for entry in os.listdir(PORTS) if os.path.isdir(PORTS) else []:
+        try:
+            with open(f"{PORTS}/{entry}/name", encoding="ascii", errors="replace") as file:
+                found[file.read().strip()] = entry
+        except FileNotFoundError:
+            pass  # its name comes after it
+    return found
+
+
+def has_host(port_fd: int) -> bool:
+    """Whether a host holds the other end of a port open now."""
+    poll = select.poll()
+    poll.register(port_fd, 0)
+    return not poll.poll(0)
+
+
+def dial(cid: int, port: int) -> Channel:
+    """Connect to a vsock address of the host.  Raises OSError when nobody listens there."""
+    import _socket
+
+    connection = _socket.socket(_socket.AF_VSOCK, _socket.SOCK_STREAM | _socket.SOCK_CLOEXEC)
+    try:
+        connection.settimeout(DIAL_SECONDS)
+        connection.connect((cid, port))
+    except BaseException:
+        connection.close()
+        raise
+    fd = connection.detach()
+    return Channel(fd, fd)
+
+
+#: The host listens before it starts the VM, so it answers at once or not at all.  The loop has nothing else to do.
+DIAL_SECONDS = 2.0
+
+
+def read_secret() -> bytes | None:
+    """The VM's secret, None where the host gave none.  Read for every connection: a clone's is another one."""
+    try:
+        with open(SECRET_FILE, "rb") as file:
+            return file.read() or None
+    except FileNotFoundError:
+        return None

@@ -1,0 +1,324 @@
+"""One container, from its making to its end.
+
+    creating   scratch, overlay and specs are being made, in a helper child
+    created    they are there; the runtime has not been called
+    preparing  `crun create` runs
+    ready      init waits; none of the container's code has run (B20)
+    starting   `crun start` runs
+    running
+    stopping   init has ended; the others are killed, and their ends awaited (B24)
+    stopped    `exit` says how, or `failure` why it never ran; kept until it is deleted
+    deleting   the runtime's state, the mounts and the cgroup are being removed
+
+Rule: whatever fails is undone, and the id can be used again (B22).  The exit is told once, after every process of
+the container has gone and, where it was known to the host, been reported.
+"""
+
+from __future__ import annotations
+
+from time import time_ns
+
+from byre_proto.errors import ByreError, ContainerNotReady, RuntimeFailed
+
+from . import bundle, cgroups, children, runtime
+from .inits import UNASKED, Init
+from .ring import Ring
+from .watches import Watches
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
+
+    from .containers import Containers
+    from .processes import Process
+    from .server import Call
+
+    Done = Callable[["ByreError | None"], object]
+
+#: To make or remove mounts and directories, in seconds; milliseconds when all is well.
+STORAGE_TIMEOUT = 60.0
+
+#: For killed processes to be gone.  One that a device or a file system holds may never go; the exit is then
+#: reported all the same.
+GONE_TIMEOUT = 30.0
+
+#: As if SIGKILL had ended it: the exit of a container that was terminated before it had started (B23).
+KILLED = {"code": 137, "signal": 9, "oom": False}
+
+#: States as users of containers know them.
+SHOWN = {"preparing": "created", "ready": "created", "starting": "running", "stopping": "running"}
+
+
+class Container:
+    """See the module's text."""
+
+    def __init__(self, owner: Containers, name: str, stop_signal: int) -> None:
+        self.owner = owner
+        self.id = name
+        self.cgroup = cgroups.path_of(name)
+        self.state = "creating"
+        self.process: dict[str, Any] = {}  # OCI process object of init; execs start from it
+        self.init: Process | None = None
+        self.exit: dict[str, Any] | None = None
+        self.failure: ByreError | None = None
+        self.log = Ring(owner.loop)
+        self.execs: set[Process] = set()
+        self._waiters: list[Call] = []
+        self._deletions: list[Call] = []
+        self._watches = Watches(owner.loop, self.cgroup)
+        self._leaves: list[str] = []  # cgroups of execs, in which something may still run
+        self._stop_signal = stop_signal
+        self._created_ns = time_ns()
+        self._started_ns = 0
+        self._kill_wanted = False
+        self._oom_kills = 0  # that were laid to a process's account
+        self._oom_told = 0  # that the host was told of
+
+    def describe(self) -> dict[str, Any]:
+        """As `container.state` and `container.list` show it."""
+        return {
+            "id": self.id,
+            "state": SHOWN.get(self.state, self.state),
+            "pid": self.init.pid if self.init else 0,
+            "process": self.init.id if self.init else 0,
+            "created_ns": self._created_ns,
+            "started_ns": self._started_ns,
+            "exit": self.exit,
+        }
+
+    # -- create --------------------------------------------------------------------------------------------
+
+    def create(self, call: Call, layers: list[str], arguments: dict[str, Any]) -> None:
+        """Make everything that the runtime will need; answers the call."""
+        scratch, spec, user = arguments["scratch_bytes"], arguments["spec"], arguments["user"]
+        given_up: list[ByreError] = []
+
+        def prepared(process: dict[str, Any] | None, error: ByreError | None) -> None:
+            failure = given_up[0] if given_up else error
+            if failure is None and process is not None:
+                self._created(process)
+                call.reply({})
+                return
+            reason = failure or RuntimeFailed(f"container {self.id} was not prepared")
+            self._remove(lambda _error: call.fail(reason))
+
+        child = self._in_child(lambda: bundle.prepare(self.id, layers, scratch, spec, user), prepared)
+
+        def give_up(error: ByreError) -> None:
+            given_up.append(error)
+            child.cancel()
+
+        call.on_cancel = give_up
+
+    def _created(self, process: dict[str, Any]) -> None:
+        self.process = process
+        self._watches.add("cgroup.events", self._check_gone)
+        self._watches.add("memory.events", self._check_oom)
+        self.state = "created"
+
+    # -- init and start ------------------------------------------------------------------------------------
+
+    def make_init(self, arguments: dict[str, Any], done: Done, *, logged: bool = False) -> None:
+        """Make its first process, which waits.  `logged`: its output goes to the container's log."""
+        self._require("created", "has its first process already")
+
+        def made(process: Process | None, error: ByreError | None) -> None:
+            if error is not None:
+                self._init_failed(error)
+            else:
+                self.init = process
+                self.state = "ready"
+                if self._kill_wanted:
+                    cgroups.kill(self.cgroup)
+            done(error)
+
+        init = Init(self, arguments, made)
+        if logged:
+            init.log_to(self.log.pipe())
+        init.begin()
+        self.state = "preparing"
+
+    def _init_failed(self, error: ByreError) -> None:
+        """There will never be an init, and so no exit: whoever waits gets the reason."""
+        cgroups.kill(self.cgroup)
+        self.failure = error
+        self._stopped(lambda call: call.fail(error))
+
+    def start(self, call: Call) -> None:
+        """`container.start`; makes init first where nobody asked for it."""
+        if self.state == "created":
+            self.make_init(UNASKED, lambda error: call.fail(error) if error else self._start(call), logged=True)
+        else:
+            self._require("ready", "has ended" if self.state == "stopped" else "was started already")
+            self._start(call)
+
+    def _start(self, call: Call) -> None:
+        self.state = "starting"
+        crun = runtime.Call(self.owner.loop, self.owner.reaper, self.id, self.owner.processes.reserve())
+
+        def started(error: ByreError | None) -> None:
+            crun.close()
+            if error is not None:
+                cgroups.kill(self.cgroup)
+                call.fail(error)
+                return
+            self._started_ns = time_ns()
+            if self.state == "starting":  # init may have ended by now
+                self.state = "running"
+            call.reply({"pid": self.init.pid if self.init else 0})
+
+        crun.run(["start"], started)
+
+    # -- the end -------------------------------------------------------------------------------------------
+
+    def shutdown(self) -> None:
+        """Send the stop signal; what never started is ended as by `terminate` (B23)."""
+        if self.state in ("starting", "running") and self.init is not None:
+            self.owner.reaper.signal(self.init.pid, self._stop_signal)
+        else:
+            self.terminate()
+
+    def terminate(self) -> None:
+        """Kill everything in it (B23).  Harmless when repeated or too late."""
+        self._kill_wanted = True
+        if self.state == "created":
+            self._finish(KILLED)
+        elif self.state in ("ready", "starting", "running", "stopping"):
+            cgroups.kill(self.cgroup)
+
+    def init_exited(self, process: Process) -> None:
+        """Its first process has ended: so do the others (B24)."""
+        process.oom = self._was_oom(process)
+        self.state = "stopping"
+        cgroups.kill(self.cgroup)
+        self.owner.loop.call_later(GONE_TIMEOUT, self._never_gone)
+        self.owner.loop.call_soon(self._check_gone)
+
+    def exec_exited(self, process: Process, leaf: str) -> None:
+        """A process of an exec has ended; what it left running keeps its cgroup until it ends too."""
+        process.oom = self._was_oom(process)
+        self.execs.discard(process)
+        self.leave(leaf)
+        if self.state == "stopping":
+            self.owner.loop.call_soon(self._check_gone)
+
+    def leave(self, leaf: str) -> None:
+        """Remove the cgroup of an exec, and those of earlier ones, as far as nothing lives there."""
+        self._leaves.append(leaf)
+        self._leaves = [path for path in self._leaves if not cgroups.remove(path)]
+
+    def _was_oom(self, process: Process) -> bool:
+        """Whether the kernel killed it for want of memory: since the last such end, the count has risen (B29)."""
+        seen, self._oom_kills = self._oom_kills, cgroups.oom_kills(self.cgroup)
+        killed = process.exit is not None and process.exit["code"] == KILLED["code"]
+        return killed and self._oom_kills > seen and not self._kill_wanted
+
+    def _check_oom(self) -> None:
+        told, self._oom_told = self._oom_told, cgroups.oom_kills(self.cgroup)
+        if self._oom_told > told:
+            self.owner.emit("container.oom", {"container": self.id})
+
+    def _check_gone(self) -> None:
+        if self.state != "stopping" or self.execs:
+            return
+        if cgroups.populated(self.cgroup):
+            cgroups.kill(self.cgroup)  # an exec may just have come in
+        else:
+            self._ended()
+
+    def _never_gone(self) -> None:
+        if self.state == "stopping":
+            self.owner.log(30, f"container {self.id}: killed processes are not gone after {GONE_TIMEOUT:g} s")
+            self._ended()
+
+    def _ended(self) -> None:
+        assert self.init is not None and self.init.exit is not None
+        self._finish(self.init.exit)
+
+    def _finish(self, how: dict[str, Any]) -> None:
+        exit_status = self.exit = dict(how)
+        self.owner.emit("container.exit", {"container": self.id, **exit_status})
+        self._stopped(lambda call: call.reply(exit_status))
+
+    def _stopped(self, answer: Callable[[Call], object]) -> None:
+        self.state = "stopped"
+        self._watches.close()
+        self.log.finish()
+        waiters, self._waiters = self._waiters, []
+        for call in waiters:
+            answer(call)
+        if self._deletions:
+            self._dispose()
+
+    def wait(self, call: Call) -> None:
+        """`container.wait`: answers with the exit, now or later."""
+        if self.failure is not None:
+            raise self.failure
+        if self.exit is not None:
+            call.reply(self.exit)
+            return
+
+        def give_up(error: ByreError) -> None:
+            self._waiters.remove(call)
+            call.fail(error)
+
+        self._waiters.append(call)
+        call.on_cancel = give_up
+
+    # -- delete --------------------------------------------------------------------------------------------
+
+    def delete(self, call: Call) -> None:
+        """Kill it, then remove all of it; answers the call."""
+        self._deletions.append(call)
+        if self.state == "stopped":
+            self._dispose()
+        elif self.state != "deleting":
+            self.terminate()
+
+    def _dispose(self) -> None:
+        self.state = "deleting"
+        if self.init is None and self.failure is None:  # the runtime has never heard of it
+            self._remove(self._deleted)
+            return
+        crun = runtime.Call(self.owner.loop, self.owner.reaper, self.id, self.owner.processes.reserve())
+
+        def forgotten(error: ByreError | None) -> None:
+            crun.close()
+            if error is not None:
+                self.owner.log(30, f"container {self.id}: {error}")
+            self._remove(self._deleted)
+
+        crun.run(["delete", "--force"], forgotten)
+
+    def _remove(self, done: Done) -> None:
+        """Unmount and forget; the layers are free when that is done."""
+
+        def removed(_result: object, error: ByreError | None) -> None:
+            self.log.close()
+            self.owner.forget(self)
+            done(error)
+
+        self._in_child(lambda: bundle.teardown(self.id), removed)
+
+    def _deleted(self, error: ByreError | None) -> None:
+        for call in self._deletions:
+            if error is None:
+                call.reply({})
+            else:
+                call.fail(error)
+
+    # -- helpers -------------------------------------------------------------------------------------------
+
+    def _in_child(self, function: Callable[[], object], done: children.Done) -> children.Child:
+        return children.run(self.owner.loop, self.owner.reaper, function, STORAGE_TIMEOUT, done)
+
+    def _require(self, state: str, otherwise: str) -> None:
+        if self.failure is not None:
+            raise self.failure
+        if self.state != state:
+            raise self.not_ready(otherwise)
+
+    def not_ready(self, why: str) -> ByreError:
+        """The error for what its state does not allow."""
+        return ContainerNotReady(f"container {self.id} {why}", container=self.id, state=self.state)

@@ -1,0 +1,231 @@
+"""The containers of this machine: who is called what, and the handlers of `container.*` and `disk.*`.
+
+    handlers(server)                the methods of both, for the server's table
+    create_process_in_container     `process.create` with a container
+
+Rule: a handler checks and hands on; what may block is in helper children (`bundle`, `storage`), what a container
+is at the moment in `container`.  Where there is no cgroup version 2, everything is refused with the reason.
+"""
+
+from __future__ import annotations
+
+from byre_proto import messages
+from byre_proto.errors import ContainerExists, ContainerNotFound, InvalidRequest, NotSupported
+
+from . import cgroups, children, disks, oci, stats
+from .container import STORAGE_TIMEOUT, Container
+from .execs import Exec
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
+
+    from byre_proto.errors import ByreError
+    from byre_proto.session import Session
+
+    from .server import Call, Handler, Server
+
+#: Longest id: it becomes a path, a cgroup and a mount option.
+MAX_ID = 64
+
+#: Containers at once: each holds two mounts and two watched files.
+MAX_CONTAINERS = 1024
+
+_ALPHANUMERIC = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789")
+_ID_CHARACTERS = _ALPHANUMERIC | frozenset("_.-")
+
+#: Signals are 1 to 64; 0 would probe, not stop.
+MAX_SIGNAL = 64
+
+#: The key under which the handler of `process.create` in a container stands beside the methods.
+CREATE_PROCESS = "process.create in a container"
+
+_tables: dict[Server, dict[str, Handler]] = {}
+
+
+def handlers(server: Server) -> dict[str, Handler]:
+    """Method -> handler, for the server's table.
+
+    The first call loads the drivers of disks: make it before a template of the VM is saved.
+    """
+    table = _tables.get(server)
+    if table is None:
+        reason = cgroups.why_not()
+        table = _tables[server] = _refusals(reason) if reason else Containers(server).handlers()
+    return table
+
+
+def create_process_in_container(call: Call, arguments: dict[str, Any]) -> None:
+    """`process.create` where `container` is not ""."""
+    handlers(call.server)[CREATE_PROCESS](call, arguments)
+
+
+def check_id(name: str) -> None:
+    """Whether a container may be called this.  Raises `InvalidRequest`."""
+    if not name or name[0] not in _ALPHANUMERIC or not _ID_CHARACTERS.issuperset(name) or len(name) > MAX_ID:
+        raise InvalidRequest(
+            f"{name[:80]!r} is not a container id",
+            hint=f"1 to {MAX_ID} letters, digits, '_', '.' and '-', a letter or digit first",
+            field="container",
+        )
+
+
+class Containers:
+    """See the module's text."""
+
+    def __init__(self, server: Server) -> None:
+        self._server = server
+        self.loop = server.loop
+        self.reaper = server.reaper
+        self.processes = server.processes
+        self.emit = server.event
+        self.log = server.logs.log
+        self.disks = disks.Disks(server.loop, server.reaper)
+        self._by_id: dict[str, Container] = {}
+
+    @property
+    def session(self) -> Session:
+        """Of the present connection."""
+        return self._server.session
+
+    def handlers(self) -> dict[str, Handler]:
+        """Method -> handler."""
+        return {
+            "disk.mount": self.disks.mount,
+            "disk.unmount": self.disks.unmount,
+            "container.create": self._create,
+            "container.init": self._init,
+            "container.start": lambda call, arguments: self._find(arguments).start(call),
+            "container.shutdown": self._shutdown,
+            "container.terminate": self._terminate,
+            "container.delete": self._delete,
+            "container.wait": lambda call, arguments: self._find(arguments).wait(call),
+            "container.list": self._list,
+            "container.state": self._state,
+            "container.processes": self._processes,
+            "container.stats": self._stats,
+            "container.update": self._update,
+            "container.log": self._log,
+            CREATE_PROCESS: self._create_process,
+        }
+
+    def forget(self, container: Container) -> None:
+        """It is gone; its id and its layers are free."""
+        self._by_id.pop(container.id, None)
+        self.disks.release(container.id)
+
+    def _find(self, arguments: dict[str, Any]) -> Container:
+        name = arguments["container"]
+        container = self._by_id.get(name)
+        if container is None:
+            raise ContainerNotFound(f"there is no container {name[:80]!r}", container=name[:80])
+        if container.state == "creating":
+            raise container.not_ready("is still being created")
+        return container
+
+    def _create(self, call: Call, arguments: dict[str, Any]) -> None:
+        name = arguments["container"]
+        check_id(name)
+        if name in self._by_id:
+            raise ContainerExists(f"there is a container {name!r} already", hint="delete it first", container=name)
+        if len(self._by_id) >= MAX_CONTAINERS:
+            raise InvalidRequest(f"there are {MAX_CONTAINERS} containers", hint="delete some first")
+        if not arguments["layers"]:
+            raise InvalidRequest("a container needs at least one layer", hint="mount a disk first", field="layers")
+        if arguments["scratch_bytes"] < 0 or not 0 < arguments["stop_signal"] <= MAX_SIGNAL:
+            raise InvalidRequest("scratch_bytes or stop_signal is out of range")
+        oci.check_spec(arguments["spec"])
+        layers = self.disks.use(arguments["layers"], name)
+        container = self._by_id[name] = Container(self, name, arguments["stop_signal"])
+        try:
+            container.create(call, layers, arguments)
+        except OSError:
+            self.forget(container)
+            raise
+
+    def _init(self, call: Call, arguments: dict[str, Any]) -> None:
+        container = self._find(arguments)
+
+        def answer(error: ByreError | None) -> None:
+            if error is not None or container.init is None:
+                call.fail(error or container.not_ready("has no first process"))
+            else:
+                call.reply({"process": container.init.id, "pid": container.init.pid})
+
+        if container.init is not None:  # asked for again it is the same one (B20)
+            answer(None)
+        else:
+            container.make_init(arguments, answer)
+
+    def _shutdown(self, call: Call, arguments: dict[str, Any]) -> None:
+        self._find(arguments).shutdown()
+        call.reply({})
+
+    def _terminate(self, call: Call, arguments: dict[str, Any]) -> None:
+        self._find(arguments).terminate()
+        call.reply({})
+
+    def _delete(self, call: Call, arguments: dict[str, Any]) -> None:
+        """Idempotent: what is not there is deleted."""
+        if arguments["container"] in self._by_id:
+            self._find(arguments).delete(call)
+        else:
+            call.reply({})
+
+    def _list(self, call: Call, _arguments: dict[str, Any]) -> None:
+        call.reply({"containers": [container.describe() for container in self._by_id.values()]})
+
+    def _state(self, call: Call, arguments: dict[str, Any]) -> None:
+        call.reply({"state": self._find(arguments).describe()})
+
+    def _stats(self, call: Call, arguments: dict[str, Any]) -> None:
+        call.reply({"stats": stats.statistics(self._find(arguments).cgroup)})
+
+    def _processes(self, call: Call, arguments: dict[str, Any]) -> None:
+        cgroup = self._find(arguments).cgroup
+        self._in_child(call, lambda: {"processes": stats.processes(cgroup)})
+
+    def _update(self, call: Call, arguments: dict[str, Any]) -> None:
+        cgroup = self._find(arguments).cgroup
+        files = cgroups.files_of_resources(arguments["resources"])
+
+        def update() -> dict[str, Any]:
+            cgroups.apply(cgroup, files)
+            return {}
+
+        self._in_child(call, update)
+
+    def _in_child(self, call: Call, function: Callable[[], dict[str, Any]]) -> None:
+        """Answer with what the function gives; it may block."""
+
+        def done(result: dict[str, Any] | None, error: ByreError | None) -> None:
+            if error is not None:
+                call.fail(error)
+            else:
+                call.reply(result or {})
+
+        children.run(self.loop, self.reaper, function, STORAGE_TIMEOUT, done)
+
+    def _log(self, call: Call, arguments: dict[str, Any]) -> None:
+        ring = self._find(arguments).log
+        call.reply({"data": ring.data, "dropped": ring.dropped})
+
+    def _create_process(self, call: Call, arguments: dict[str, Any]) -> None:
+        """An exec (B21)."""
+        container = self._find(arguments)
+        if container.state != "running" or container.init is None:
+            raise container.not_ready("is not running")
+        Exec(container, call, arguments).begin()
+
+
+def _refusals(reason: str) -> dict[str, Handler]:
+    """Every method of this module, refused."""
+
+    def refuse(call: Call, _arguments: dict[str, Any]) -> None:
+        raise NotSupported(
+            f"{call.method}: there can be no containers here: {reason}", hint="use a virtual machine"
+        )
+
+    names = [name for name in messages.METHODS if name.startswith(("container.", "disk."))]
+    return dict.fromkeys([*names, CREATE_PROCESS], refuse)

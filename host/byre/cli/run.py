@@ -1,0 +1,144 @@
+"""`byre run`: a command in a new container, or in the VM itself."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import sys
+from typing import TYPE_CHECKING, Any
+
+from byre import rundir
+from byre.errors import ContainerNotFound
+from byre.parameters import Resources
+
+from . import foreground, terminal
+from .selection import check_terminal, parameters, talkative, variables, vm_of
+from .status import say
+from .vms import bring_up
+
+if TYPE_CHECKING:
+    import argparse
+
+    from byre.container import GuestContainer
+    from byre.oci.store import LayerProgress
+    from byre.vm import UtilityVM
+
+
+def run(arguments: argparse.Namespace) -> int:
+    check_terminal(arguments)
+    if arguments.detach:
+        return foreground.run(lambda _: _detach(arguments))
+    return foreground.run(lambda signals: _foreground(arguments, signals))
+
+
+async def _foreground(arguments: argparse.Namespace, signals: foreground.Signals) -> int:
+    async with vm_of(arguments) as (vm, own):
+        if not arguments.vm:
+            return await _container(arguments, signals, vm, own)
+        process = await vm.start_process(parameters(arguments, arguments.command_line))
+        try:
+            return await foreground.attach(
+                process,
+                signals,
+                kill=process.kill_tree,
+                interactive=arguments.interactive,
+                tty=arguments.tty,
+                timeout=arguments.timeout,
+            )
+        finally:
+            if not own:
+                await process.close()
+
+
+async def _container(arguments: argparse.Namespace, signals: foreground.Signals, vm: UtilityVM, own: bool) -> int:
+    container = await _create(arguments, vm)
+    ended = False
+    try:
+        if arguments.rm and not own:
+            await vm.bridge.call("vm.remove_at_exit", container=container.id)
+        init = await container.start_process(None)
+        try:
+            status = await foreground.attach(
+                init,
+                signals,
+                kill=container.terminate,
+                release=container.start,
+                interactive=arguments.interactive,
+                tty=arguments.tty,
+                timeout=arguments.timeout,
+            )
+        finally:
+            if not own:
+                await init.close()
+        ended = True
+        return status
+    finally:
+        if not own:
+            # One that never ran, or whose command we gave up, is of no use to anybody.
+            await asyncio.shield(_leave(container, delete=arguments.rm or not ended))
+
+
+async def _leave(container: GuestContainer, *, delete: bool) -> None:
+    if delete:
+        with contextlib.suppress(ContainerNotFound):
+            await container.delete()
+    await container.close()
+
+
+async def _detach(arguments: argparse.Namespace) -> int:
+    """Print the id of a container that goes on without us."""
+    name = arguments.vm_name or rundir.DEFAULT
+    if not arguments.vm_name and not rundir.is_up(name):
+        if talkative(arguments):
+            say(f"bringing up the VM {name!r}; it stays up until: byre down")
+        await bring_up(name, {})
+    from byre.vm import UtilityVM
+
+    async with await UtilityVM.attach(name) as vm:
+        container = await _create(arguments, vm)
+        started = False
+        try:
+            if arguments.rm:
+                await vm.bridge.call("vm.remove_at_exit", container=container.id)
+            await container.start()
+            started = True
+        finally:
+            await asyncio.shield(_leave(container, delete=not started))
+        print(container.id)
+    return 0
+
+
+async def _create(arguments: argparse.Namespace, vm: UtilityVM) -> GuestContainer:
+    width, height = terminal.size(1)
+    options: dict[str, Any] = {}
+    if arguments.entrypoint is not None:
+        options["entrypoint"] = [arguments.entrypoint] if arguments.entrypoint else []
+    if talkative(arguments):
+        options["progress"] = _progress
+    return await vm.create_container(
+        arguments.name,
+        image=arguments.target,
+        args=arguments.command_line,
+        env=variables(arguments),
+        cwd=arguments.workdir,
+        user=arguments.user,
+        stdin=arguments.interactive,
+        terminal=arguments.tty,
+        width=width,
+        height=height,
+        resources=Resources(memory_bytes=arguments.memory, cpus=arguments.cpus, pids=arguments.pids_limit),
+        privileged=arguments.privileged,
+        cap_add=arguments.cap_add,
+        cap_drop=arguments.cap_drop,
+        no_new_privileges=not arguments.allow_new_privileges,
+        read_only=arguments.read_only,
+        tmpfs=arguments.tmpfs,
+        hostname=arguments.hostname,
+        **options,
+    )
+
+
+def _progress(step: LayerProgress) -> None:
+    """Layers are converted once; on a terminal that is one line which is written over."""
+    if sys.stderr.isatty():
+        print(f"\r\033[Kbyre: {step}", end="", file=sys.stderr)

@@ -1,0 +1,219 @@
+"""From an image's reference to a container in a VM, or back to where it began.
+
+    image -> layers (converted, cached) -> attached and mounted, all at once -> spec -> container.create
+
+Rule: every step that fails or is cancelled takes back what the steps before it did, and only that (B22).
+"""
+
+from __future__ import annotations
+
+import re
+import secrets
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from .container import GuestContainer, InitStreams
+from .errors import ContainerNotFound, InvalidRequest
+from .machines.spawn import in_thread
+from .parameters import Resources, check_size
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from .bridge import Bridge
+    from .disks import Layers
+    from .oci.image import ImageConfig
+    from .oci.store import LayerProgress
+
+#: As podman and containerd have it; the id becomes the name of a directory and of a cgroup in the guest.
+_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
+
+#: Deadline of `container.create` in seconds: overlay, cgroup and the user's lookup, on a loaded guest.
+CREATE_TIMEOUT = 120.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ContainerOptions:
+    """What a container is made like.  What is left out is the image's, or podman's default.
+
+    args            in place of the image's Cmd
+    entrypoint      in place of its Entrypoint and Cmd
+    env             added to its environment
+    cwd, user       working directory; ``uid``, ``uid:gid``, ``name`` or ``name:group`` of the image's own files
+    hostname        None: the container's id
+    terminal, width, height   of its init process
+    stdin           whether its init process has one, when it is asked for (B20)
+    resources       limits (B28)
+    privileged      all capabilities, all devices, nothing masked: the VM is the boundary (B30a)
+    cap_add, cap_drop   beside the default set; "ALL" is all of them
+    no_new_privileges   no setuid programs
+    seccomp         False: no filter
+    read_only       its root file system
+    mounts          OCI mounts; they come last
+    tmpfs           paths with ``:options``, as podman's --tmpfs
+    scratch_bytes   size of its writable layer, a tmpfs; 0: the agent's default
+    stop_signal     None: the image's, or SIGTERM
+    rlimits         name -> (soft, hard)
+    sysctl          of its namespaces
+    progress        hears of the conversion of layers
+    """
+
+    args: Sequence[str] = ()
+    entrypoint: Sequence[str] | None = None
+    env: Mapping[str, str] | None = None
+    cwd: str = ""
+    user: str = ""
+    hostname: str | None = None
+    terminal: bool = False
+    width: int = 80
+    height: int = 24
+    stdin: bool = True
+    resources: Resources | None = None
+    privileged: bool = False
+    cap_add: Sequence[str] = ()
+    cap_drop: Sequence[str] = ()
+    no_new_privileges: bool = True
+    seccomp: bool = True
+    read_only: bool = False
+    mounts: Sequence[Mapping[str, Any]] = ()
+    tmpfs: Sequence[str] = ()
+    scratch_bytes: int = 0
+    stop_signal: int | str | None = None
+    rlimits: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    sysctl: Mapping[str, str] = field(default_factory=dict)
+    progress: Callable[[LayerProgress], None] | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.args, str) or isinstance(self.entrypoint, str):
+            raise InvalidRequest("args and entrypoint are sequences of strings")
+        if self.scratch_bytes < 0:
+            raise InvalidRequest(f"scratch_bytes must not be below 0; not {self.scratch_bytes}")
+        check_size(self.width, self.height)
+
+
+async def create(
+    bridge: Bridge, layers: Layers, container_id: str, image: str, options: ContainerOptions
+) -> GuestContainer:
+    """See `UtilityVM.create_container`."""
+    container_id = container_id or secrets.token_hex(6)
+    if not _ID.fullmatch(container_id):
+        raise InvalidRequest(
+            f"{container_id!r} cannot name a container", hint="letters, digits, _ . and -; 64 at most"
+        )
+    config, paths = await in_thread(lambda: _prepare(image, options.progress))
+    request = _request(container_id, config, options)
+    names = await layers.acquire(paths)
+    try:
+        container = await _create(bridge, layers, paths, names, request, options)
+    except BaseException:
+        await bridge.finish(layers.release(paths))
+        raise
+    layers.keep(paths)
+    return container
+
+
+async def _create(
+    bridge: Bridge,
+    layers: Layers,
+    paths: list[Path],
+    names: list[str],
+    request: dict[str, Any],
+    options: ContainerOptions,
+) -> GuestContainer:
+    container_id = request["container"]
+    how = InitStreams(stdin=options.stdin, terminal=options.terminal, width=options.width, height=options.height)
+    made: list[GuestContainer] = []
+
+    def accept(_: dict[str, Any]) -> None:  # at once, so that an exit which follows is heard
+        made.append(GuestContainer(bridge, container_id, how, lambda: layers.release(paths)))
+
+    async def undo(_: dict[str, Any]) -> None:
+        await made[0].close()
+        try:
+            await bridge.call("container.delete", container=container_id)
+        except ContainerNotFound:
+            return
+
+    await bridge.call("container.create", timeout=CREATE_TIMEOUT, accept=accept, undo=undo, layers=names, **request)
+    return made[0]
+
+
+def _prepare(image: str, progress: Callable[[LayerProgress], None] | None) -> tuple[ImageConfig, list[Path]]:
+    """The image's configuration and its layers as disk images.  Blocks."""
+    from .oci.layout import open_image
+    from .oci.store import LayerStore
+
+    with open_image(image) as found:
+        return found.config, [layer.path for layer in LayerStore().prepare(found, progress)]
+
+
+def _request(container_id: str, config: ImageConfig, options: ContainerOptions) -> dict[str, Any]:
+    """The arguments of `container.create`, but for the layers."""
+    from .oci import spec
+    from .parameters import signal_number
+
+    capabilities = _capabilities(options)
+    resources = options.resources or Resources()
+    seccomp = None
+    if options.seccomp and not options.privileged:
+        from .oci.seccomp import evaluate, load_profile
+
+        seccomp = evaluate(load_profile(), capabilities=capabilities)
+    stop = spec.stop_signal(config) if options.stop_signal is None else signal_number(options.stop_signal)
+    return {
+        "container": container_id,
+        "spec": spec.build_spec(
+            config=config,
+            args=list(options.args) or None,
+            entrypoint=options.entrypoint,
+            env=options.env,
+            cwd=options.cwd,
+            terminal=options.terminal,
+            hostname=container_id if options.hostname is None else options.hostname,
+            memory_bytes=resources.memory_bytes,
+            cpus=resources.cpus,
+            pids_limit=spec.DEFAULT_PIDS if resources.pids is None else resources.pids,
+            capabilities=capabilities,
+            privileged=options.privileged,
+            no_new_privileges=options.no_new_privileges,
+            read_only=options.read_only,
+            mounts=[*(_tmpfs(text) for text in options.tmpfs), *options.mounts],
+            rlimits=options.rlimits,
+            sysctl=options.sysctl,
+            seccomp=seccomp,
+        ),
+        "user": spec.effective_user(config, options.user),
+        "scratch_bytes": options.scratch_bytes,
+        "stop_signal": stop,
+    }
+
+
+def _capabilities(options: ContainerOptions) -> set[str]:
+    """podman's rules: drop ALL, then add; or the default set (all where privileged), less and more."""
+    from .oci import spec
+
+    def full(names: Sequence[str]) -> set[str]:
+        upper = {name.upper() for name in names}
+        if "ALL" in upper:
+            return set(spec.ALL_CAPABILITIES)
+        return {name if name.startswith("CAP_") else f"CAP_{name}" for name in upper}
+
+    default = spec.ALL_CAPABILITIES if options.privileged else spec.DEFAULT_CAPABILITIES
+    added, dropped = full(options.cap_add), full(options.cap_drop)
+    if "ALL" in {name.upper() for name in options.cap_drop}:
+        return added
+    return (set(default) | added) - dropped
+
+
+def _tmpfs(text: str) -> dict[str, Any]:
+    """``PATH[:OPTION,…]``, as podman's --tmpfs."""
+    path, _, options = text.partition(":")
+    if not path.startswith("/"):
+        raise InvalidRequest(f"a tmpfs needs an absolute path, not {path!r}")
+    return {
+        "destination": path,
+        "type": "tmpfs",
+        "source": "tmpfs",
+        "options": ["nosuid", "nodev", *filter(None, options.split(","))],
+    }

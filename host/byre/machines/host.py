@@ -1,0 +1,135 @@
+"""What this host has for running machines, and what to do about what it lacks: the facts behind `byre doctor`.
+
+Rule: it asks the same functions as a start does, so that the report and the behaviour cannot differ.  It only
+looks; it changes nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+from byre.machines.accelerators import kvm_problem
+from byre.machines.clock import tsc_khz
+from byre.machines.command_line import QEMU, choose_machine
+from byre.machines.config import MachineConfig
+from byre.machines.qemu import OLDEST_QEMU, TOOLS
+from byre.transports.choice import choose_transport
+from byre.transports.vsock import Vsock
+from byre_images.tools import PACKAGE_OF, SEARCH
+
+#: Asking QEMU for its version takes 0.1 s.
+_VERSION_TIMEOUT = 20.0
+
+
+@dataclass(frozen=True)
+class HostFact:
+    """One line of the report: ``ok`` is False only for what keeps byre from working."""
+
+    name: str
+    ok: bool
+    detail: str
+    hint: str = ""
+
+
+@dataclass(frozen=True)
+class HostReport:
+    """All facts, in the order in which they matter."""
+
+    facts: tuple[HostFact, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether a machine can run here."""
+        return all(fact.ok for fact in self.facts)
+
+
+def describe_host() -> HostReport:
+    """Look at everything.  Blocks: up to some seconds the first time after a boot."""
+    return HostReport((*_tools(), _accelerator(), _machine(), *_transports(), _memory(), *_builder_tools()))
+
+
+def qemu_version() -> tuple[int, int, int] | None:
+    """Of the QEMU that would be used; None if there is none, or if it does not say."""
+    try:
+        done = subprocess.run(
+            [QEMU, "--version"],
+            check=False,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=_VERSION_TIMEOUT,
+            stdin=subprocess.DEVNULL,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    found = re.search(r"version (\d+)\.(\d+)\.(\d+)", done.stdout)
+    return (int(found[1]), int(found[2]), int(found[3])) if found else None
+
+
+def _tools() -> list[HostFact]:
+    facts = []
+    for tool, package in TOOLS.items():
+        path = shutil.which(tool)
+        hint = "" if path else f"apt install {package}"
+        detail = path or "not installed"
+        ok = path is not None
+        if tool == QEMU and ok:
+            version = qemu_version()
+            oldest = ".".join(map(str, OLDEST_QEMU))
+            detail = f"{path}, version {'.'.join(map(str, version)) if version else 'unknown'} ({oldest} or later)"
+            ok = version is not None and version >= OLDEST_QEMU
+            hint = "" if ok else f"install QEMU {oldest} or later"
+        facts.append(HostFact(tool, ok, detail, hint))
+    return facts
+
+
+def _accelerator() -> HostFact:
+    if platform.machine() != "x86_64":
+        return HostFact("accelerator", False, f"{platform.machine()} is not supported", "use an x86-64 host")
+    problem = kvm_problem()
+    if problem is None:
+        return HostFact("accelerator", True, "kvm: a virtual CPU ran")
+    return HostFact("accelerator", True, f"tcg, slow; KVM cannot be used: {problem}")
+
+
+def _machine() -> HostFact:
+    accelerator = "kvm" if kvm_problem() is None else "tcg"
+    choices, reason = choose_machine("auto", accelerator, tsc_khz())
+    return HostFact("machine", True, f"{choices.machine}: {reason}")
+
+
+def _transports() -> list[HostFact]:
+    transport, reason = choose_transport("auto", "kvm" if kvm_problem() is None else "tcg")
+    vsock = Vsock.unavailable()
+    return [
+        HostFact("transport", True, f"{transport.name}: {reason}"),
+        HostFact("vsock", True, "available" if vsock is None else f"not available: {vsock}"),
+    ]
+
+
+def _memory() -> HostFact:
+    needed = MachineConfig.memory_mib
+    try:
+        text = Path("/proc/meminfo").read_text()
+        available = int(text.partition("MemAvailable:")[2].split()[0]) // 1024
+    except (OSError, ValueError, IndexError):
+        return HostFact("memory", True, "unknown")
+    ok = available >= needed
+    hint = "" if ok else f"a machine takes up to {needed} MiB unless told otherwise"
+    return HostFact("memory", ok, f"{available} MiB available, {os.cpu_count()} CPUs", hint)
+
+
+def _builder_tools() -> list[HostFact]:
+    """Not fatal: a host without them imports an image that was exported elsewhere."""
+    facts = []
+    for tool, package in PACKAGE_OF.items():
+        path = shutil.which(tool, path=SEARCH)
+        hint = "" if path else f"apt install {package}, to build the guest image here"
+        facts.append(HostFact(tool, True, path or "not installed", hint))
+    return facts

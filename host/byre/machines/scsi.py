@@ -1,0 +1,90 @@
+"""Disks on a running QEMU's virtio-scsi bus, which every machine type has, microvm included.
+
+Rule: a disk is a block node and a device, added in that order and removed in the other; removal finds whatever
+half of it there is.  Paths reach QEMU as JSON strings, so nothing in them is syntax.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any, Protocol
+
+from byre.errors import DeadlineExceeded, MachineFailed
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from byre.machines.disks import Disk
+
+#: The controller's id on the command line.
+CONTROLLER = "scsi0"
+#: A disk leaves the bus without the guest's help: in milliseconds, on a loaded host in a second.
+UNPLUG_TIMEOUT = 20.0
+
+
+class Execute(Protocol):
+    """`Qmp.execute`, ended by the machine's end as well."""
+
+    async def __call__(self, command: str, arguments: Mapping[str, Any] | None = None) -> Any: ...
+
+
+class ScsiBus:
+    """The bus of one machine."""
+
+    def __init__(self, execute: Execute) -> None:
+        self._execute = execute
+        self._deleted: dict[str, asyncio.Event] = {}
+
+    async def plug(self, disk: Disk) -> None:
+        """Add the disk.  After a failure `unplug` is due."""
+        name = disk.serial
+        node = {
+            "driver": "host_device" if disk.path.is_block_device() else "file",
+            "node-name": name,
+            "filename": str(disk.path),
+            "read-only": disk.read_only,
+            "discard": "unmap",
+        }
+        device = {
+            "driver": "scsi-hd",
+            "bus": f"{CONTROLLER}.0",
+            "id": name,
+            "drive": name,
+            "serial": name,
+            "scsi-id": disk.target,
+            "lun": disk.lun,
+            "werror": "report",  # the default stops the whole machine when the host's disk is full
+            "rerror": "report",
+        }
+        await self._execute("blockdev-add", node)
+        await self._execute("device_add", device)
+
+    async def unplug(self, disk: Disk) -> None:
+        """Remove the disk, or what there is of it."""
+        name = disk.serial
+        await self._delete_device(name)
+        try:
+            await self._execute("blockdev-del", {"node-name": name})
+        except MachineFailed:
+            nodes = await self._execute("query-named-block-nodes", {"flat": True})
+            if any(node.get("node-name") == name for node in nodes):
+                raise
+
+    def on_deleted(self, name: str) -> None:
+        """QEMU's DEVICE_DELETED event."""
+        if name in self._deleted:
+            self._deleted[name].set()
+
+    async def _delete_device(self, name: str) -> None:
+        deleted = self._deleted[name] = asyncio.Event()
+        try:
+            await self._execute("device_del", {"id": name})
+            async with asyncio.timeout(UNPLUG_TIMEOUT):
+                await deleted.wait()
+        except MachineFailed as error:
+            if error.data.get("qmp_class") != "DeviceNotFound":
+                raise
+        except TimeoutError:
+            raise DeadlineExceeded(f"QEMU did not remove the disk {name} within {UNPLUG_TIMEOUT:g} s") from None
+        finally:
+            del self._deleted[name]

@@ -1,0 +1,135 @@
+"""`Owner`: what `UtilityVM` asks of whoever holds the machine.
+
+    MachineOwner   this process holds it; its end is the VM's end (B43)
+    KeeperClient   a keeper process holds it; this process is one of its clients (`byre.keeper`)
+
+Rule: only what needs the machine itself goes through here; everything else goes over the bridge to the agent.
+"""
+
+from __future__ import annotations
+
+import abc
+import asyncio
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from .errors import InvalidRequest, NotSupported
+
+if TYPE_CHECKING:
+    from .machines.base import Machine
+    from .machines.disks import Disk
+
+#: An emulator that is told to quit does so in milliseconds; after this, in seconds, it is killed.
+RELEASE_TIMEOUT = 5.0
+
+
+class DiskPlace(NamedTuple):
+    """Where a hot-added disk is: SCSI 0:0:`target`:`lun` in the guest."""
+
+    path: Path
+    target: int
+    lun: int
+
+
+class Owner(abc.ABC):
+    """See the module.  What fails because the VM is gone raises ConnectionLost."""
+
+    #: The VM's id: in logs, and unique on this host.
+    id: str
+    #: Process id of the emulator; 0 where there is none, or none that this process may see.
+    machine_pid: int = 0
+
+    @abc.abstractmethod
+    async def attach_disk(self, path: Path) -> DiskPlace:
+        """Hot-add a raw image, read-only.  The same one again is counted, not added again (B60, B62)."""
+
+    @abc.abstractmethod
+    async def detach_disk(self, place: DiskPlace) -> None:
+        """Undo one `attach_disk`.  The guest has let go of it before."""
+
+    @abc.abstractmethod
+    async def console(self, lines: int) -> str:
+        """The last lines that the guest wrote to its console, escaped (B49)."""
+
+    @abc.abstractmethod
+    async def pause(self) -> None:
+        """Stop the virtual CPUs."""
+
+    @abc.abstractmethod
+    async def resume(self) -> None:
+        """Let them run again."""
+
+    @abc.abstractmethod
+    async def shutdown(self, timeout: float) -> None:
+        """End the VM, by force after `timeout` seconds.  Harmless when repeated (B51)."""
+
+    @abc.abstractmethod
+    async def kill(self) -> None:
+        """End the VM now.  Harmless when repeated."""
+
+    @abc.abstractmethod
+    async def wait(self) -> str:
+        """Wait for the end of the VM: why it ended."""
+
+    @abc.abstractmethod
+    async def info(self) -> dict[str, Any]:
+        """What it is made of, and why (accelerator, machine, transport)."""
+
+    @abc.abstractmethod
+    async def release(self) -> None:
+        """This program is done with the VM: it ends where it is ours, and goes on where it is a keeper's."""
+
+    def console_tail(self, lines: int) -> str:
+        """`console`, without waiting, where the console is in this process."""
+        raise NotSupported("the console of this VM is its keeper's", hint="await vm.console()")
+
+
+class MachineOwner(Owner):
+    """The machine is this process's own."""
+
+    def __init__(self, machine: Machine) -> None:
+        self.id = machine.id
+        self.machine = machine
+        self._disks: dict[tuple[int, int], Disk] = {}
+
+    @property
+    def machine_pid(self) -> int:  # type: ignore[override]
+        return getattr(self.machine, "pid", None) or 0
+
+    async def attach_disk(self, path: Path) -> DiskPlace:
+        disk = await self.machine.attach_disk(path, read_only=True)
+        self._disks[disk.target, disk.lun] = disk
+        return DiskPlace(path, disk.target, disk.lun)
+
+    async def detach_disk(self, place: DiskPlace) -> None:
+        disk = self._disks.get((place.target, place.lun))
+        if disk is None:
+            raise InvalidRequest(f"the disk {place.path} is not attached")
+        await self.machine.detach_disk(disk)
+
+    async def console(self, lines: int) -> str:
+        return self.machine.console_tail(lines)
+
+    def console_tail(self, lines: int) -> str:
+        return self.machine.console_tail(lines)
+
+    async def pause(self) -> None:
+        await self.machine.pause()
+
+    async def resume(self) -> None:
+        await self.machine.resume()
+
+    async def shutdown(self, timeout: float) -> None:
+        await asyncio.shield(self.machine.shutdown(timeout))
+
+    async def kill(self) -> None:
+        await asyncio.shield(self.machine.kill())
+
+    async def wait(self) -> str:
+        return str(await self.machine.wait())
+
+    async def info(self) -> dict[str, Any]:
+        return {"id": self.id, "pid": self.machine_pid, **getattr(self.machine, "explanation", {})}
+
+    async def release(self) -> None:
+        await self.shutdown(RELEASE_TIMEOUT)

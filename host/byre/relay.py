@@ -1,0 +1,334 @@
+r"""What a keeper does with its clients' frames: passes them on to the guest's agent, and the answers back.
+
+    client A --\                          every call with its deadline, its cancellation and its verdict;
+    client B ---  Relay  --- guest        every stream under a number of its own on each side;
+    client C --/                          every exit to all clients
+
+Rule: the relay holds no more of a stream than its window (see `passage`), so a client that does not read stops its
+own processes and nothing else (B3).  A reply never comes after an event that followed it.
+
+When a client goes, its calls are cancelled, and what it had started goes on (B43): the streams are *held*, not
+closed, so a process that writes stands still when its window is full rather than die of SIGPIPE.  A client that
+said `vm.tie` wants it otherwise: its processes, with their trees, are killed when it goes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import logging
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, Any
+
+from byre_proto import events
+
+from .bridge import Bridge
+from .errors import ByreError, Cancelled, ConnectionLost, DeadlineExceeded
+from .passage import Passage
+
+if TYPE_CHECKING:
+    import socket
+
+log = logging.getLogger(__name__)
+
+#: Serves one of the keeper's own methods: arguments in, result out.
+Handler = Callable[[dict[str, Any]], Awaitable[dict[str, Any]]]
+
+#: Which of a request's stream fields carry bytes towards the guest.
+_TOWARDS_GUEST = {"stdin": True, "stdout": False, "stderr": False}
+
+#: Deadline of what the relay itself asks of the guest, in seconds.
+TIDY_TIMEOUT = 30.0
+
+#: A client that connects and does not shake hands is let go after this, in seconds.
+HANDSHAKE_TIMEOUT = 30.0
+
+SIGKILL = 9
+
+
+class Client:
+    """One attached client."""
+
+    def __init__(self, sock: socket.socket, number: int, relay: Relay) -> None:
+        self.number = number  # for the log
+        self.bridge = Bridge(sock, label=f"client {number}", server=self._serve)
+        self.tied = False  # what it starts ends with it
+        self.gone = False
+        self._relay = relay
+        self._calls: dict[int, asyncio.Task[None]] = {}
+
+    def cancel_calls(self) -> None:
+        for task in self._calls.values():
+            task.cancel()
+
+    def _serve(self, event: events.RequestReceived | events.CancelReceived) -> None:
+        if isinstance(event, events.CancelReceived):
+            self._calls[event.call].cancel()
+            return
+        answer = _Answer(self, event)
+        task = asyncio.get_running_loop().create_task(self._relay.serve(self, event, answer))
+        self._calls[event.call] = task
+        task.add_done_callback(answer.done)
+
+    def answered(self, call: int) -> None:
+        del self._calls[call]
+
+
+class Started:
+    """A process that a client started: its streams, and whose they are."""
+
+    def __init__(self, number: int, client: Client, streams: list[Passage]) -> None:
+        self.id = number
+        self.client = client
+        self.streams = streams
+        self.exited = False
+
+
+class Relay:
+    """All clients of one VM.  `guest` leads to its agent; `own` are the methods that the keeper itself serves."""
+
+    def __init__(self, guest: Bridge, own: dict[str, Handler]) -> None:
+        self._guest = guest
+        self._own = {**own, "vm.remove_at_exit": self._remove_at_exit}
+        self._clients: set[Client] = set()
+        self._numbers = itertools.count(1)
+        self._started: dict[int, Started] = {}
+        self._to_remove: set[str] = set()  # containers to be deleted when they end
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    # -- clients -------------------------------------------------------------------------------------------
+
+    async def accept(self, listener: socket.socket) -> None:
+        """Take in clients until cancelled.  The listener is non-blocking, and the caller's to close."""
+        while True:
+            sock, _ = await asyncio.get_running_loop().sock_accept(listener)
+            self._spawn(self.attend(sock))
+
+    async def attend(self, sock: socket.socket) -> None:
+        """One client, from its handshake to its end, in whatever way it goes."""
+        client = Client(sock, next(self._numbers), self)
+        try:
+            await client.bridge.open(HANDSHAKE_TIMEOUT)
+        except ByreError as error:
+            log.info("! client %d: %s", client.number, error)
+            return
+        self._clients.add(client)
+        log.info("= client %d attached, %d in all", client.number, len(self._clients))
+        try:
+            await client.bridge.wait_lost()
+        finally:
+            self._left(client)
+            await client.bridge.close()
+
+    async def close(self, reason: str) -> None:
+        """The VM has ended: every client is told why, and let go."""
+        for client in self._clients:
+            client.bridge.tell("vm.exit", {"reason": reason})
+        for client in list(self._clients):
+            await client.bridge.close()
+        if self._tasks:
+            await asyncio.wait(self._tasks)
+
+    def _left(self, client: Client) -> None:
+        """Its calls are cancelled; see the module's text for what it had started."""
+        client.gone = True
+        self._clients.discard(client)
+        log.info("= client %d left, %d in all", client.number, len(self._clients))
+        client.cancel_calls()
+        for started in [s for s in self._started.values() if s.client is client]:
+            if started.exited:
+                self._release(started)
+            elif client.tied:
+                log.info("= process %d is killed: its client is gone", started.id)
+                self._spawn(self._ask("process.signal", process=started.id, signal=SIGKILL, tree=True))
+
+    def _announce(self, name: str, fields: dict[str, Any]) -> None:
+        for client in self._clients:
+            client.bridge.tell(name, fields)
+
+    # -- calls ---------------------------------------------------------------------------------------------
+
+    async def serve(self, client: Client, request: events.RequestReceived, answer: _Answer) -> None:
+        """Answer one request of a client."""
+        try:
+            if request.method == "vm.tie":
+                client.tied = True
+                answer.reply({})
+            elif request.method in self._own:
+                async with asyncio.timeout(request.timeout):
+                    answer.reply(await self._own[request.method](request.arguments))
+            else:
+                await self._pass_on(client, request, answer)
+        except ByreError as error:
+            answer.refuse(error)
+        except TimeoutError:
+            answer.refuse(DeadlineExceeded(f"{request.method} was not done in time"))
+        except Exception as error:
+            log.exception("! %s", request.method)
+            answer.refuse(ByreError(f"the keeper failed at {request.method}: {error!r}", hint="see its keeper.log"))
+
+    async def _pass_on(self, client: Client, request: events.RequestReceived, answer: _Answer) -> None:
+        streams: list[Passage] = []
+        undo = _UNDO.get(request.method)
+        try:
+            arguments = self._map_streams(client, request.arguments, streams)
+
+            def accept(result: dict[str, Any]) -> None:
+                # In the turn in which the guest answered: no event can overtake the reply.
+                self._note(client, request.method, arguments, result, streams)
+                answer.reply(result)
+
+            await self._guest.call(
+                request.method,
+                timeout=request.timeout,
+                accept=accept,
+                undo=None if undo is None else lambda result: undo(self, arguments, result),
+                **arguments,
+            )
+        finally:
+            if not answer.succeeded:
+                for stream in streams:
+                    stream.close()
+
+    def _map_streams(self, client: Client, arguments: dict[str, Any], streams: list[Passage]) -> dict[str, Any]:
+        """The arguments with the guest's stream numbers; adds the streams as they are opened."""
+        mapped = dict(arguments)
+        for field, towards_guest in _TOWARDS_GUEST.items():
+            number = arguments.get(field, 0)
+            if number:
+                mapped[field] = theirs = self._guest.session.new_stream(
+                    sending=towards_guest, receiving=not towards_guest
+                )
+                ends = (client.bridge, number), (self._guest, theirs)
+                source, sink = ends if towards_guest else ends[::-1]
+                try:
+                    client.bridge.session.accept_stream(number, sending=not towards_guest, receiving=towards_guest)
+                except ByreError:
+                    self._guest.session.reset(theirs)
+                    self._guest.session.stop(theirs)
+                    raise
+                streams.append(Passage(*source, *sink))
+        return mapped
+
+    def _note(
+        self,
+        client: Client,
+        method: str,
+        arguments: dict[str, Any],
+        result: dict[str, Any],
+        streams: list[Passage],
+    ) -> None:
+        """Remember what a successful call made or ended."""
+        if method in ("process.create", "container.init"):
+            number = result["process"]
+            self._started[number] = Started(number, client, streams)
+            self._guest.subscribe("process.exit", number, self._process_exited)
+        elif method == "process.release":
+            self._forget(arguments["process"])
+        elif method == "container.create":
+            container = arguments["container"]
+            self._guest.subscribe("container.exit", container, self._container_exited)
+            self._guest.subscribe("container.oom", container, self._out_of_memory)
+        elif method == "container.delete":
+            self._deleted(arguments["container"])
+
+    # -- what the guest reports ----------------------------------------------------------------------------
+
+    def _process_exited(self, fields: dict[str, Any] | ConnectionLost) -> None:
+        if isinstance(fields, ConnectionLost):
+            return  # the keeper hears of it, and ends
+        self._announce("process.exit", fields)
+        self._guest.unsubscribe("process.exit", fields["process"])
+        started = self._started.get(fields["process"])
+        if started is not None:
+            started.exited = True
+            if started.client.gone:
+                self._release(started)
+
+    def _container_exited(self, fields: dict[str, Any] | ConnectionLost) -> None:
+        if isinstance(fields, ConnectionLost):
+            return
+        self._announce("container.exit", fields)
+        container = fields["container"]
+        if container in self._to_remove:
+            self._deleted(container)
+            self._spawn(self._ask("container.delete", container=container))
+
+    def _out_of_memory(self, fields: dict[str, Any] | ConnectionLost) -> None:
+        if not isinstance(fields, ConnectionLost):
+            self._announce("container.oom", fields)
+
+    # -- undoing and tidying -------------------------------------------------------------------------------
+
+    async def _undo_process(self, _: dict[str, Any], result: dict[str, Any]) -> None:
+        """It was made although its client cancelled, went, or would not wait: end it with its tree (B15)."""
+        self._forget(result["process"])
+        await self._ask("process.signal", process=result["process"], signal=SIGKILL, tree=True)
+        await self._ask("process.release", process=result["process"])
+
+    async def _undo_container(self, arguments: dict[str, Any], _: dict[str, Any]) -> None:
+        self._deleted(arguments["container"])
+        await self._ask("container.delete", container=arguments["container"])
+
+    async def _remove_at_exit(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        self._to_remove.add(arguments["container"])
+        return {}
+
+    def _deleted(self, container: str) -> None:
+        self._to_remove.discard(container)
+        self._guest.unsubscribe("container.exit", container)
+        self._guest.unsubscribe("container.oom", container)
+
+    def _forget(self, process: int) -> None:
+        self._started.pop(process, None)
+        self._guest.unsubscribe("process.exit", process)
+
+    def _release(self, started: Started) -> None:
+        """A process that ended after its client did: nobody else can read its streams."""
+        self._forget(started.id)
+        for stream in started.streams:
+            stream.close()
+        self._spawn(self._ask("process.release", process=started.id))
+
+    async def _ask(self, method: str, **arguments: Any) -> None:
+        with contextlib.suppress(ByreError):  # gone by itself, or with the VM
+            await self._guest.call(method, timeout=TIDY_TIMEOUT, **arguments)
+
+    def _spawn(self, work: Any) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+
+#: How a call that succeeded in spite of its cancellation is undone.
+_UNDO: dict[str, Callable[[Relay, dict[str, Any], dict[str, Any]], Awaitable[None]]] = {
+    "process.create": Relay._undo_process,
+    "container.create": Relay._undo_container,
+}
+
+
+class _Answer:
+    """The one answer to one call; later ones, and those for a client that is gone, are dropped."""
+
+    def __init__(self, client: Client, request: events.RequestReceived) -> None:
+        self._client = client
+        self._request = request
+        self._open = True
+        self.succeeded = False
+
+    def reply(self, result: dict[str, Any]) -> None:
+        if self._open and not self._client.gone:
+            self.succeeded = True
+            self._client.bridge.reply(self._request.call, result)
+        self._open = False
+
+    def refuse(self, error: ByreError) -> None:
+        if self._open:
+            self._client.bridge.refuse(self._request.call, error)
+        self._open = False
+
+    def done(self, _: asyncio.Task[None]) -> None:
+        """The task has ended; without an answer it was cancelled, perhaps before its first step."""
+        self.refuse(Cancelled(f"{self._request.method} was cancelled"))
+        self._client.answered(self._request.call)

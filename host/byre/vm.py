@@ -1,0 +1,283 @@
+"""`UtilityVM`: a virtual machine as a `ProcessHost`, and the maker of its containers.
+
+    async with UtilityVM() as vm:                       # ours: booted here, ends with the block
+        await vm.run(["uname", "-a"])
+    async with await UtilityVM.attach("default") as vm: # a keeper's: goes on after the block
+
+Rule: what needs the machine goes through the owner, the rest over the bridge; this only puts the two together.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+from . import creation
+from .boot import boot
+from .container import GuestContainer, InitStreams
+from .creation import ContainerOptions
+from .disks import Layers
+from .errors import ByreError, ConnectionLost, DeadlineExceeded, MachineFailed
+from .health import Health
+from .machines.spawn import in_thread
+from .process import GuestProcessHost
+
+if TYPE_CHECKING:
+    from byre_images import Image
+
+    from .bridge import Bridge
+    from .machines.base import Machine
+    from .machines.config import MachineConfig
+    from .owner import DiskPlace, Owner
+
+#: Deadline of the agent's own stack dump, in seconds, before its silence is the answer.
+STACKS_TIMEOUT = 5.0
+
+
+class UtilityVM(GuestProcessHost):
+    """See the module.
+
+    memory_mib, cpus   of the virtual machine
+    accelerator, machine, transport   "auto", or what is required (see `machines.config`)
+    boot_timeout       seconds until `BootTimeout`; None: a constant times the measured speed of this host
+    kernel_arguments   appended to the kernel's command line
+    image              the guest image; None: the cached one, built when there is none
+    name, detached     with `detached` the VM belongs to a keeper under this name, and survives this program
+    """
+
+    def __init__(
+        self,
+        *,
+        name: str = "",
+        memory_mib: int = 512,
+        cpus: int = 1,
+        accelerator: str = "auto",
+        machine: str = "auto",
+        transport: str = "auto",
+        boot_timeout: float | None = None,
+        kernel_arguments: Sequence[str] = (),
+        image: Image | None = None,
+        detached: bool = False,
+    ) -> None:
+        self.name = name
+        self._options: dict[str, Any] = {
+            "memory_mib": memory_mib,
+            "cpus": cpus,
+            "accelerator": accelerator,
+            "machine": machine,
+            "transport": transport,
+            "kernel_arguments": tuple(kernel_arguments),
+        }
+        self._boot_timeout = boot_timeout
+        self._image = image
+        self._detached = detached
+        self._started = False
+        self._guest: dict[str, Any] = {}
+        self._owner: Owner
+        self._bridge: Bridge
+        self._layers: Layers
+        self._ending: asyncio.Task[None] | None = None
+        self.health: Health
+
+    # -- life ----------------------------------------------------------------------------------------------
+
+    async def start(self, progress: Callable[[str], None] | None = None) -> None:
+        """Boot, and wait until the agent answers.
+
+        Raises `BootFailed`, `BootTimeout` (B40), `AcceleratorUnavailable`, `ToolMissing`, ...; after an error or a
+        cancellation nothing is left (B41).  `progress` hears of the image's build, when there has to be one.
+        """
+        if self._started:
+            raise MachineFailed("a VM starts once", hint="make another one")
+        self._started = True
+        if self._detached:
+            await self._launch()
+            return
+        machine = self._make_machine(await self._config(progress))
+        owner, bridge, self._guest = await boot(machine, hostname=self.name or "byre", timeout=self._boot_timeout)
+        self._adopt(owner, bridge)
+
+    async def _launch(self) -> None:
+        """Have a keeper boot it, and attach."""
+        from . import detached
+
+        self.name = self.name or "default"
+        await detached.start(self.name, {**self._options, "boot_timeout": self._boot_timeout})
+        self._adopt(*await detached.attach(self.name))
+
+    @classmethod
+    async def attach(cls, name: str = "default") -> UtilityVM:
+        """A VM that is up under a name.  Raises `VMNotFound`."""
+        from . import detached
+
+        vm = cls(name=name, detached=True)
+        vm._started = True
+        vm._adopt(*await detached.attach(name))
+        return vm
+
+    async def _config(self, progress: Callable[[str], None] | None) -> MachineConfig:
+        import byre_images
+
+        from .machines.config import MachineConfig
+
+        image = self._image
+        if image is None:
+            image = await in_thread(lambda: byre_images.ensure(progress))
+        return MachineConfig(kernel=image.kernel, initramfs=image.initramfs, root=image.root, **self._options)
+
+    def _make_machine(self, config: MachineConfig) -> Machine:
+        from .machines.qemu import QemuMachine
+
+        return QemuMachine(config)
+
+    def _adopt(self, owner: Owner, bridge: Bridge) -> None:
+        """Take over a VM that runs: ours, or a keeper's."""
+        self._owner, self._bridge = owner, bridge
+        self._layers = Layers(owner, bridge)
+        self.health = Health(bridge)
+        self.health.start()
+
+    async def __aenter__(self) -> Self:
+        if not self._started:
+            await self.start()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Ours is shut down; a keeper's goes on (B43)."""
+        await self.close()
+
+    async def shutdown(self, timeout: float = 10.0) -> None:
+        """End the VM, and all in it; by force after `timeout` seconds.  Harmless when repeated (B51)."""
+        await self._end("the VM was shut down", lambda owner: owner.shutdown(timeout))
+
+    async def terminate(self) -> None:
+        """End the VM now.  Harmless when repeated (B51)."""
+        await self._end("the VM was terminated", lambda owner: owner.kill())
+
+    async def close(self) -> None:
+        """This program is done with it: ours ends, a keeper's goes on.  Harmless when repeated."""
+        await self._end("the VM was closed", lambda owner: owner.release())
+
+    async def _end(self, reason: str, how: Callable[[Owner], Any]) -> None:
+        """The first of several ends is the one; the others wait for it."""
+        if not hasattr(self, "_owner"):
+            return
+        if self._ending is None:
+            self._ending = asyncio.get_running_loop().create_task(self._end_once(reason, how))
+        await asyncio.shield(self._ending)
+
+    async def _end_once(self, reason: str, how: Callable[[Owner], Any]) -> None:
+        # A keeper is asked over the bridge, so its owner ends the VM first.
+        with contextlib.suppress(ConnectionLost):
+            await how(self._owner)
+        await self._bridge.close(reason)
+        await self.health.stop()
+
+    async def wait(self) -> str:
+        """Wait for the VM's end: why it ended."""
+        return await self._owner.wait()
+
+    # -- as a host of processes ----------------------------------------------------------------------------
+
+    @property
+    def bridge(self) -> Bridge:
+        if not hasattr(self, "_bridge"):
+            raise ConnectionLost("the VM is not running", hint="use: async with UtilityVM() as vm")
+        return self._bridge
+
+    @property
+    def id(self) -> str:
+        """Unique on this host; in the names of its loggers."""
+        return self._owner.id
+
+    @property
+    def machine_pid(self) -> int:
+        """Process id of the emulator; 0 where there is none."""
+        return self._owner.machine_pid
+
+    # -- containers ----------------------------------------------------------------------------------------
+
+    async def create_container(self, id: str = "", *, image: str, **options: Any) -> GuestContainer:
+        """Make a container of an image; `start` runs it (B20).  `options`: see `creation.ContainerOptions`.
+
+        Raises `ImageNotFound`, `ImageInvalid`, `ContainerExists`, `UserNotFound`, ...; after an error or a
+        cancellation the id can be used again, and nothing is attached or mounted (B22).
+        """
+        return await creation.create(self.bridge, self._layers, id, image, ContainerOptions(**options))
+
+    async def containers(self) -> list[dict[str, Any]]:
+        """What the agent knows of each container of this VM."""
+        found: list[dict[str, Any]] = (await self.bridge.call("container.list"))["containers"]
+        return found
+
+    async def open_container(self, id: str) -> GuestContainer:
+        """A container that exists, whoever made it.  Raises `ContainerNotFound` (B22)."""
+        answer = await self.bridge.call("container.state", container=id)
+        terminal = bool(answer["state"].get("terminal", False))
+        container = GuestContainer(self.bridge, id, InitStreams(terminal=terminal))
+        container.watch()
+        return container
+
+    # -- the machine ---------------------------------------------------------------------------------------
+
+    async def attach_disk(self, path: str | os.PathLike[str]) -> DiskPlace:
+        """Hot-add a raw image or block device, read-only; the same one again is counted (B60).
+
+        Raises `ResourceExhausted` past the last place (B62).
+        """
+        return await self._owner.attach_disk(_absolute(path))
+
+    async def detach_disk(self, disk: DiskPlace) -> None:
+        """Undo one `attach_disk`; the last one removes it (B60).  Raises `DiskInUse` (B61)."""
+        await self._owner.detach_disk(disk)
+
+    async def pause(self) -> None:
+        """Stop its CPUs.  Calls wait meanwhile, and their deadlines go on."""
+        await self.health.rest()
+        await self._owner.pause()
+
+    async def resume(self) -> None:
+        """Let its CPUs run, and set its clock (B52)."""
+        await self._owner.resume()
+        await self.bridge.call("system.configure", realtime_ns=time.time_ns())
+        await self.health.resume()
+
+    async def console(self, lines: int = 40) -> str:
+        """The last lines that the guest wrote to its console, escaped; also while all else hangs (B49)."""
+        return await self._owner.console(lines)
+
+    def console_tail(self, lines: int = 40) -> str:
+        """`console` without waiting.  Raises `NotSupported` for a keeper's VM."""
+        return self._owner.console_tail(lines)
+
+    async def stacks(self) -> str:
+        """Where every task of the agent is; when it does not answer, what the console shows (B49)."""
+        try:
+            text: str = (await self.bridge.call("system.stacks", timeout=STACKS_TIMEOUT))["text"]
+            return text
+        except DeadlineExceeded as error:
+            return f"{error.message}; the console's last lines:\n{await self.console()}"
+
+    async def info(self) -> dict[str, Any]:
+        """Of the machine (``machine``) and of the guest (``guest``): what they are, and why."""
+        guest = self._guest
+        with contextlib.suppress(ByreError):
+            guest = (await self.bridge.call("system.info", timeout=STACKS_TIMEOUT))["info"]
+        return {"name": self.name, "machine": await self._owner.info(), "guest": guest}
+
+    def __repr__(self) -> str:
+        owner = getattr(self, "_owner", None)
+        return f"<UtilityVM {self.name or (owner.id if owner else 'not started')}>"
+
+
+def _absolute(path: str | os.PathLike[str]) -> Path:
+    """A path that means the same to a keeper."""
+    return Path(path).absolute()

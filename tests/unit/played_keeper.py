@@ -1,0 +1,99 @@
+"""A keeper whose VM is played, run as a process of its own: `detached.start(..., keeper="tests.unit.played_keeper")`.
+
+The options say what it plays: {"boot": "ready" | "fail" | "never" | "crash"}.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import socket
+import tempfile
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+from byre import keeper
+from byre.bridge import Bridge
+from byre.errors import BootFailed
+from byre.owner import DiskPlace
+from byre.testing import FakeGuest, FakeProcess
+
+
+async def forever(_: FakeProcess) -> int:
+    await asyncio.Event().wait()
+    return 0
+
+
+async def echo(process: FakeProcess) -> int:
+    assert process.stdout is not None
+    process.stdout.write(" ".join(process.args[1:]).encode())
+    await process.stdout.drain()
+    return 0
+
+
+class Played:
+    """What is kept: it has the methods of a `UtilityVM` that a keeper calls."""
+
+    def __init__(self, bridge: Bridge) -> None:
+        self.bridge = bridge
+        self.ended = asyncio.Event()
+        self.reason = ""
+        self.paused = 0
+
+    async def info(self) -> dict[str, Any]:
+        return {"machine": {"pid": os.getpid()}, "paused": self.paused, "tmp": tempfile.gettempdir()}
+
+    async def attach_disk(self, path: str) -> DiskPlace:
+        return DiskPlace(Path(path), 3, 0)
+
+    async def detach_disk(self, disk: DiskPlace) -> None:
+        assert disk.target == 3
+
+    async def console(self, lines: int) -> str:
+        if lines == 666:  # the test's way to let the VM die
+            self.reason = "the virtual machine ended (killed)"
+            self.ended.set()
+        return f"{lines} lines"
+
+    async def pause(self) -> None:
+        self.paused += 1
+
+    async def resume(self) -> None:
+        self.paused -= 1
+
+    async def shutdown(self, timeout: float) -> None:
+        if timeout == 0.666:  # the test's way to let it hang
+            await asyncio.Event().wait()
+        self.reason = self.reason or "shut down"
+        self.ended.set()
+
+    async def wait(self) -> str:
+        await self.ended.wait()
+        return self.reason
+
+
+@contextlib.asynccontextmanager
+async def boot(_: str, options: dict[str, Any]) -> AsyncIterator[Played]:
+    if options.get("boot") == "fail":
+        raise BootFailed("the guest panicked", hint="look at the console", console="Kernel panic")
+    if options.get("boot") == "crash":
+        raise RuntimeError("a defect")
+    if options.get("boot") == "never":
+        Path(tempfile.gettempdir(), "booting").touch()
+        await asyncio.Event().wait()
+    ours, theirs = socket.socketpair()
+    for end in (ours, theirs):
+        end.setblocking(False)
+    guest, bridge = FakeGuest(theirs, {"forever": forever, "echo": echo}), Bridge(ours, label="played")
+    await asyncio.gather(guest.open(), bridge.open(10))
+    try:
+        yield Played(bridge)
+    finally:
+        await bridge.close()
+        await guest.close()
+
+
+if __name__ == "__main__":
+    keeper.main(boot)
