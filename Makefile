@@ -26,6 +26,7 @@ demo: setup
 
 test: setup-test
 	$(BIN)/python -m pytest $(PYTEST_FLAGS)
+	$(BIN)/python -m tests.user $(PYTEST_FLAGS)
 
 # KVM and vsock for real, inside an emulated machine that has both.
 nested: setup-test

@@ -1,7 +1,7 @@
 """The floor under everything: the same kernel on a bare QEMU, busybox as init, an echo over virtio-serial.
 
 It loads nothing but what the echo needs, and has no agent, no root file system and no protocol: what it costs, the
-machine underneath costs.
+machine underneath costs.  It gets every kernel argument that byre's own boot gets.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 
-from byre.machines.accelerators import probe
-from byre.machines.clock import host_tsc_khz
-from byre_images import Image
+from byre.machines.accelerators import choose_accelerator
+from byre.machines.clock import tsc_khz
+from byre_images import KERNEL_ARGUMENTS, Image
 from byre_images.initramfs import Node, cpio
 
 #: Longest that a bare machine may take for anything, in seconds.
@@ -27,7 +27,7 @@ LIMIT = 120.0
 INIT = """#!/bin/busybox sh
 busybox mount -t devtmpfs dev /dev
 for m in $(busybox cat /modules/order); do busybox insmod /modules/$m; done
-while [ ! -c /dev/vport0p1 ]; do busybox usleep 1000; done
+until { busybox true 3<>/dev/vport0p1; } 2>/dev/null; do busybox usleep 1000; done
 busybox stty raw </dev/console
 exec 3<>/dev/vport0p1
 %s
@@ -83,9 +83,10 @@ async def bare_machine(
     """A running bare machine: its channel, and when QEMU was started (time.perf_counter)."""
     ours, theirs = socket.socketpair()
     ours.setblocking(False)
-    khz = host_tsc_khz()
-    append = "quiet panic=-1 reboot=t console=ttyS0" + (f" tsc_early_khz={khz}" if khz else "")
-    accelerator = probe("auto").name
+    khz = tsc_khz()
+    append = " ".join(("quiet panic=-1 reboot=t console=ttyS0", *KERNEL_ARGUMENTS))
+    append += f" tsc_early_khz={khz}" if khz and machine == "microvm" else ""
+    accelerator = choose_accelerator("auto").name
     with tempfile.NamedTemporaryFile(prefix="byre-floor-") as file:
         file.write(initramfs(image, script))
         file.flush()

@@ -18,7 +18,7 @@ async def pings(vm: Any, count: int) -> list[float]:
     """Seconds of each round trip, one at a time, spread so that none meets the other."""
     times = []
     for _ in range(count):
-        times.append(await vm.ping())
+        times.append(await vm.bridge.ping(10))
         await asyncio.sleep(0.002)
     return times
 

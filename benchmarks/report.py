@@ -10,7 +10,7 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from byre.machines.accelerators import probe
+from byre.machines.accelerators import choose_accelerator
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -35,7 +35,7 @@ def host() -> dict[str, Any]:
     model = ""
     with open("/proc/cpuinfo") as lines:
         model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
-    return {"cpus": os.cpu_count(), "cpu": model, "kernel": platform.release(), "accelerator": probe("auto").name}
+    return {"cpus": os.cpu_count(), "cpu": model, "kernel": platform.release(), "accelerator": choose_accelerator("auto").name}
 
 
 def median(values: Sequence[float]) -> float:

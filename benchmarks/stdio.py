@@ -94,7 +94,7 @@ async def run(runs: int) -> Report:
     image = byre_images.ensure()
     piece = os.urandom(PIECE)
     async with byre.UtilityVM() as vm:
-        machine = "microvm" if "microvm" in str((await vm.info()).get("machine", "microvm")) else "pc"
+        machine = (await vm.info())["machine"]["machine"].partition(":")[0]
         await vm.run(["sh", "-c", "cat >/tmp/piece"], input=piece, check=True)
         out = [await ours_out(vm, piece) for _ in range(runs)]
         into = [(await ours_in(vm, piece))[0] for _ in range(runs)]

@@ -1,4 +1,4 @@
-"""Makes a small OCI image layout out of this machine's static busybox: `python -m examples.busybox_image DIRECTORY`.
+"""Makes a small OCI image of this machine's static busybox: `python -m examples.busybox_image DIRECTORY`.
 
 It shows how little an image is: a tar per layer, two JSON documents, and an index, each named by its digest.  The
 result is the same bytes for the same busybox.
@@ -67,16 +67,25 @@ class Layer:
 
 
 def write_layout(
-    destination: Path, layers: Sequence[bytes], config: Mapping[str, Any], *, tag: str = "latest", compress: bool = True
+    destination: Path,
+    layers: Sequence[bytes],
+    config: Mapping[str, Any],
+    *,
+    tag: str = "latest",
+    compress: bool = True,
 ) -> Path:
-    """An OCI image layout at `destination` with `layers`, tars from the lowest on; `config` is the image's "config"."""
+    """An OCI image layout at `destination`: `layers` are tars, the lowest first, `config` the image's "config"."""
     blobs = destination / "blobs" / "sha256"
     blobs.mkdir(parents=True)
 
     def blob(data: bytes, media_type: str) -> dict[str, Any]:
         digest = hashlib.sha256(data).hexdigest()
         (blobs / digest).write_bytes(data)
-        return {"mediaType": f"application/vnd.oci.image.{media_type}", "digest": f"sha256:{digest}", "size": len(data)}
+        return {
+            "mediaType": f"application/vnd.oci.image.{media_type}",
+            "digest": f"sha256:{digest}",
+            "size": len(data),
+        }
 
     def document(content: Mapping[str, Any], media_type: str) -> dict[str, Any]:
         return blob(json.dumps(content, sort_keys=True).encode(), media_type)
@@ -118,7 +127,9 @@ def busybox_layer() -> bytes:
 
 def make_busybox_image(destination: Path) -> Path:
     """An OCI layout with busybox at `destination`, which must not exist yet; its one tag is ``latest``."""
-    return write_layout(destination, [busybox_layer()], {"Cmd": ["sh"], "Env": ["PATH=/usr/sbin:/usr/bin:/sbin:/bin"]})
+    return write_layout(
+        destination, [busybox_layer()], {"Cmd": ["sh"], "Env": ["PATH=/usr/sbin:/usr/bin:/sbin:/bin"]}
+    )
 
 
 if __name__ == "__main__":

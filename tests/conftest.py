@@ -22,8 +22,12 @@ RESULTS = Path(os.environ.get("BYRE_TEST_RESULTS", Path(__file__).parent.parent 
 ORDER = ("unit", "fuzz", "conformance", "image", "images", "vm")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     root = Path(__file__).parent
+    elsewhere = [item for item in items if _vehicle(item) in _not_on(item)]
+    if elsewhere:
+        config.hook.pytest_deselected(items=elsewhere)
+        items[:] = [item for item in items if item not in elsewhere]
 
     def rank(item: pytest.Item) -> tuple[int, int]:
         folder = item.path.relative_to(root).parts[0]
@@ -34,6 +38,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         )
 
     items.sort(key=rank)
+
+
+def _not_on(item: pytest.Item) -> list[str]:
+    """Vehicles on which another test shows the same in another way, and all when a VM is not among this run's."""
+    if item.get_closest_marker("vm") and not set(vehicles.selected()) & set(vehicles.MACHINES):
+        return [_vehicle(item)]
+    return [marker.args[0] for marker in item.iter_markers("not_on")]
 
 
 def _vehicle(item: pytest.Item) -> str:

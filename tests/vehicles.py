@@ -6,7 +6,8 @@
     user    the same, everything run by an ordinary user       (a second run: python -m tests.user)
     kvm     a KVM VM over vsock, inside an emulated machine    (a second run: python -m tests.nested)
 
-A run takes its vehicles from BYRE_TEST_VEHICLES; the first three are the default.
+A run takes its vehicles from BYRE_TEST_VEHICLES; the first three are the default, with `user` in the place of `vm`
+where the tests are run by an ordinary user.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ for _vehicle in ("local", "sync"):
 
 def selected() -> tuple[str, ...]:
     """The vehicles of this run."""
-    names = os.environ.get("BYRE_TEST_VEHICLES", "local,sync,vm").split(",")
+    default = "local,sync,vm" if os.geteuid() == 0 else "local,sync,user"
+    names = os.environ.get("BYRE_TEST_VEHICLES", default).split(",")
     unknown = set(names) - set(ALL)
     if unknown:
         raise ValueError(f"BYRE_TEST_VEHICLES names {', '.join(sorted(unknown))}; known are {', '.join(ALL)}")

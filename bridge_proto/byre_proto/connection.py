@@ -157,7 +157,8 @@ class Connection:
                     self._receive_frame(kind, payload)
                     if self._state == OVER:
                         return
-            self._check_session()
+            if self.session.outbox.choked:
+                self._check_session()
         except ByreError as error:
             self._fail(error)
 

@@ -128,18 +128,22 @@ class FrameBuffer:
         """
         view = memoryview(data)
         at, size = 0, len(view)
-        if self._begun:
-            at = self._take(view, 0, HEADER_SIZE)
-            if len(self._begun) < HEADER_SIZE:
+        begun = self._begun
+        if begun:
+            at = max(HEADER_SIZE - len(begun), 0)
+            begun += view[:at]
+            if len(begun) < HEADER_SIZE:
                 return
-            length, kind, flags, zero, stream = HEADER.unpack_from(self._begun)
+            length, kind, flags, zero, stream = HEADER.unpack_from(begun)
             _check_header(length, kind, flags | zero, stream)
-            at = self._take(view, at, HEADER_SIZE + length)
-            if len(self._begun) < HEADER_SIZE + length:
+            end = at + HEADER_SIZE + length - len(begun)
+            begun += view[at:end]
+            if end > size:
                 return
-            with memoryview(self._begun) as begun:
-                payload = bytes(begun[HEADER_SIZE:])
-            self._begun.clear()
+            at = end
+            with memoryview(begun) as whole:
+                payload = bytes(whole[HEADER_SIZE:])
+            begun.clear()
             yield kind, stream, payload
         while size - at >= HEADER_SIZE:
             length, kind, flags, zero, stream = HEADER.unpack_from(view, at)
@@ -151,13 +155,7 @@ class FrameBuffer:
             payload = bytes(view[at + HEADER_SIZE : end])
             at = end
             yield kind, stream, payload
-        self._begun += view[at:]
-
-    def _take(self, view: memoryview, at: int, target: int) -> int:
-        """Move bytes over until the begun frame has `target` of them; returns the place after them."""
-        end = max(at, at + target - len(self._begun))
-        self._begun += view[at:end]
-        return min(end, len(view))
+        begun += view[at:]
 
 
 def _check_header(length: int, kind: int, reserved: int, stream: int) -> None:

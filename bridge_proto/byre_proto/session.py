@@ -105,7 +105,7 @@ class Session:
         `LocalProtocolError` (cannot be encoded), `RequestTooLarge`, `ResourceExhausted` (too many calls, or the
         peer does not read): in each case nothing was sent (B45).
         """
-        arguments = messages.check_arguments(method, arguments, strict=True)
+        messages.check_arguments(method, arguments, strict=True)
         milliseconds = None if timeout is None else max(0, round(timeout * 1000))
         call = self._next_call
         payload = pack([call, method, arguments, milliseconds])
@@ -137,17 +137,22 @@ class Session:
                 del self._calls[call]
 
     def reply(self, call: int, result: dict[str, Any]) -> None:
-        """Answer a RequestReceived.  An answer over the limit becomes the error too-large.
+        """Answer a RequestReceived.
 
-        Raises `InvalidRequest` or `LocalProtocolError` for a result that its method does not give, or that cannot
-        be encoded; the call is then still to be answered.
+        A result that cannot be sent (over the limit, not what its method gives, not encodable) becomes an error:
+        whatever this side does wrong, the caller gets a verdict.
         """
         method = self._remote_calls.get(call)
         if method is None:
             raise LocalProtocolError(f"call {call} is not in progress")
-        payload = pack([call, messages.check_result(method, result, strict=True)])
+        try:
+            messages.check_result(method, result, strict=True)
+            payload = pack([call, result])
+        except ByreError as error:
+            self.fail(call, ByreError(f"the answer to {method} is wrong: {error.message}", hint="this is a bug"))
+            return
         if len(payload) > limits.MAX_CONTROL:
-            self.fail(call, RequestTooLarge(f"the answer has {len(payload)} bytes"))
+            self.fail(call, RequestTooLarge(f"the answer to {method} has {len(payload)} bytes"))
             return
         del self._remote_calls[call]
         self.outbox.control(frames.encode(frames.REPLY, 0, payload))
@@ -166,7 +171,7 @@ class Session:
 
     def event(self, name: str, fields: dict[str, Any]) -> None:
         """Tell the peer that something happened.  Never dropped."""
-        fields = messages.check_event(name, fields, strict=True)
+        messages.check_event(name, fields, strict=True)
         self.outbox.control(frames.encode(frames.EVENT, 0, pack([name, fields])))
 
     def log(self, source: str, level: int, message: str) -> bool:

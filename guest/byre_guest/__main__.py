@@ -14,8 +14,9 @@ import faulthandler
 import gc
 import os
 import sys
+from time import monotonic
 
-from . import channels, init, logs, spawn, trees
+from . import channels, init, linux, logs, spawn, trees
 from .loop import EPOLLHUP, Loop
 from .processes import Processes
 from .reaper import Reaper
@@ -37,6 +38,9 @@ REDIAL_SECONDS = (0.05, 2.0)
 
 #: New objects before the collector runs.  It must run, for the cycles of ended processes; each run costs, though.
 GC_THRESHOLD = 5000
+
+#: Freed memory that the agent keeps for its buffers: a few times what waits to be sent at most.
+KEPT_MEMORY = 4 * 1024 * 1024
 
 
 class Agent:
@@ -113,7 +117,8 @@ class Agent:
 
     def _on_signal(self, number: int) -> None:
         if self.timeline is not None:
-            init.fatal(f"it was asked to, by signal {number}")
+            if number != signals.SIGHUP:  # a terminal's end means nothing to an init
+                init.fatal(f"it was asked to, by signal {number}")
         elif number != signals.SIGINT:  # typed into the host's terminal: the host's to handle
             self.loop.stop()
 
@@ -123,9 +128,9 @@ class Agent:
     def run(self) -> None:
         """Serve until the end."""
         faulthandler.register(signals.SIGALRM, file=2, all_threads=False)
-        self.loop.watch_over = _watch_over
-        gc.collect()
-        gc.freeze()
+        self.loop.watch_over = Watchdog().watch
+        linux.keep_freed_memory(KEPT_MEMORY)
+        gc.freeze()  # what is there now stays: no need to look at it again
         gc.set_threshold(GC_THRESHOLD)
         self.loop.run()
 
@@ -135,9 +140,22 @@ class Agent:
         self.reaper.wait_for_all()
 
 
-def _watch_over(busy: bool) -> None:
+class Watchdog:
     """A timer that only a stuck round lets expire; its signal is handled in C and prints the stack (B49)."""
-    signals.setitimer(signals.ITIMER_REAL, WATCHDOG_SECONDS if busy else 0, WATCHDOG_SECONDS)
+
+    def __init__(self) -> None:
+        self._set_until = 0.0  # setting it again costs more than asking the clock
+
+    def watch(self, busy: bool) -> None:
+        """A round begins, or the loop sleeps."""
+        if not busy:
+            signals.setitimer(signals.ITIMER_REAL, 0)
+            self._set_until = 0.0
+            return
+        now = monotonic()
+        if now >= self._set_until:
+            signals.setitimer(signals.ITIMER_REAL, WATCHDOG_SECONDS, WATCHDOG_SECONDS)
+            self._set_until = now + WATCHDOG_SECONDS / 4
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:

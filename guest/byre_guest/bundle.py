@@ -14,6 +14,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from time import monotonic, sleep
 
 from byre_proto.errors import ContainerNotReady, ResourceExhausted, StorageFailed
 
@@ -35,6 +36,10 @@ DEFAULT_SCRATCH_SHARE = 2
 #: of size bounds it to a quarter, and leaves a small scratch enough to start with.
 BYTES_PER_INODE = 4096
 MIN_INODES = 4096
+
+#: For killed processes to leave the cgroup, in seconds, and between two looks; this is a helper child.
+GONE_TIMEOUT = 5.0
+GONE_PAUSE = 0.01
 
 #: redirect_dir and metacopy off: a layer's own attributes must not point elsewhere.  No index: the layers are
 #: shared by many overlays, and no overlay is mounted twice.
@@ -116,15 +121,17 @@ def home_of(root_fd: int, user: dict[str, Any]) -> str:
 
 
 def _volume(root_fd: int, mount: dict[str, Any]) -> dict[str, Any]:
-    """A tmpfs that copies up gets owner and mode of the directory too, which the runtime leaves out."""
+    """A tmpfs that copies up gets owner and mode of the directory too, which the runtime leaves out.
+
+    A `mode=` of its own is for an image that does not have the directory.
+    """
     options = mount.get("options") or []
-    if COPY_UP not in options or any(option.startswith("mode=") for option in options):
-        return mount
-    found = rootfs.status(root_fd, mount["destination"])
+    found = rootfs.status(root_fd, mount["destination"]) if COPY_UP in options else None
     if found is None:
         return mount
-    mode = stat.S_IMODE(found.st_mode)
-    return {**mount, "options": [*options, f"mode={mode:o}", f"uid={found.st_uid}", f"gid={found.st_gid}"]}
+    others = [option for option in options if not option.startswith(("mode=", "uid=", "gid="))]
+    own = [f"mode={stat.S_IMODE(found.st_mode):o}", f"uid={found.st_uid}", f"gid={found.st_gid}"]
+    return {**mount, "options": [*others, *own]}
 
 
 def _below_a_mount(process: dict[str, Any], mounts: list[dict[str, Any]]) -> bool:
@@ -191,8 +198,11 @@ def teardown(container: str) -> None:
     except OSError as error:
         raise StorageFailed(f"{bundle} could not be removed: {error}", errno=error.errno) from error
     cgroups.kill(cgroup)
-    if not cgroups.remove(cgroup):
-        raise StorageFailed(f"a process still runs in {cgroup}")
+    deadline = monotonic() + GONE_TIMEOUT
+    while not cgroups.remove(cgroup):
+        if monotonic() > deadline:
+            raise StorageFailed(f"a killed process still runs in {cgroup}")
+        sleep(GONE_PAUSE)
 
 
 def _unmount(path: str) -> None:

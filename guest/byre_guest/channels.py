@@ -14,13 +14,14 @@ import errno
 import os
 import select
 from collections import deque
+from itertools import islice
 from time import monotonic, sleep
 
 from .loop import EPOLLET, EPOLLIN, EPOLLOUT
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable
 
     from .loop import Loop
 
@@ -37,8 +38,8 @@ PORT_SECONDS = 10.0
 #: Size of the virtio-serial driver's input buffers: one readv(2) over pieces of it empties several.
 PAGE = 4096
 
-#: What the driver takes per write; the rest of a larger one would come back as a partial write.
-PORT_WRITE = 32 * 1024
+#: Buffers handed to one writev(2).
+MAX_BUFFERS = 64
 
 #: The secret that the host gives through the firmware configuration device, where only root can read it.
 SECRET_FILE = "/sys/firmware/qemu_fw_cfg/by_name/opt/byre/secret/raw"
@@ -109,21 +110,22 @@ class Channel:
         """Everything given to `write` is gone."""
         return not self._out
 
-    def write(self, buffers: Iterable[bytes]) -> None:
+    def write(self, buffers: list[bytes]) -> None:
         """Take over buffers; `flush` them."""
-        if self.port:
-            # Each buffer of a writev would become a descriptor of the virtio queue, and an exit to the host.
-            whole = memoryview(b"".join(buffers))
-            self._out.extend(whole[at : at + PORT_WRITE] for at in range(0, len(whole), PORT_WRITE))
-        else:
-            self._out.extend(buffers)
+        if self.port and len(buffers) > 1:
+            # Each buffer of a writev would become an element of the virtio queue, and an exit to the host.
+            buffers = [b"".join(buffers)]
+        self._out.extend(buffers)
 
     def flush(self) -> bool:
         """Write as much as the channel takes; whether that was all.  Raises OSError when it is broken."""
         out = self._out
         while out and self.writable:
             try:
-                written = os.write(self.write_fd, out[0]) if self.port else os.writev(self.write_fd, list(out)[:64])
+                if len(out) == 1 or self.port:  # the driver takes 32 KiB at a time
+                    written = os.write(self.write_fd, out[0])
+                else:
+                    written = os.writev(self.write_fd, list(islice(out, MAX_BUFFERS)))
             except BlockingIOError:
                 self.writable = False
                 self._want_room(True)

@@ -12,8 +12,7 @@ from __future__ import annotations
 
 import os
 
-import msgpack
-
+from byre_proto.encoding import pack, unpack
 from byre_proto.errors import BY_CODE, ByreError, DeadlineExceeded, StartFailed, to_wire
 
 from . import linux
@@ -149,7 +148,7 @@ def run(
 ) -> Child:
     """Call `function` in a forked child; `done(result, None)` or `done(None, error)` follows.
 
-    The result is what msgpack can carry.  A `ByreError` raised in the child arrives as the same class.  Raises
+    The result is what the wire can carry.  A `ByreError` raised in the child arrives as the same class.  Raises
     OSError when there can be no child.
     """
     reading, writing = os.pipe2(os.O_CLOEXEC)
@@ -183,7 +182,7 @@ def _in_child(function: Callable[[], object], writing: int, keep: Iterable[int])
 
 def _answer(function: Callable[[], object]) -> bytes:
     try:
-        packed: bytes = msgpack.packb([True, function()], use_bin_type=True)
+        packed = pack([True, function()])
         if len(packed) > MAX_RESULT:
             raise ByreError(f"the result has {len(packed)} bytes; {MAX_RESULT} is the most")
         return packed
@@ -191,7 +190,10 @@ def _answer(function: Callable[[], object]) -> bytes:
         failure = to_wire(error)
     except Exception as error:
         failure = ("internal", f"{type(error).__name__}: {error}", "", {})
-    return bytes(msgpack.packb([False, *failure], use_bin_type=True))
+    try:
+        return pack([False, *failure])
+    except ByreError:  # evidence that cannot be carried must not cost the answer
+        return pack([False, *failure[:3], {}])
 
 
 def _close_all_but(kept: set[int]) -> None:
@@ -205,7 +207,7 @@ def _close_all_but(kept: set[int]) -> None:
 
 def _outcome(child: Child, status: int, data: bytes, timeout: float) -> tuple[Any, ByreError | None]:
     if status == 0 and data:
-        answer = msgpack.unpackb(data, raw=False, strict_map_key=False)
+        answer = unpack(data)
         if answer[0]:
             return answer[1], None
         _, code, message, hint, details = answer

@@ -7,7 +7,8 @@
     starting   `crun start` runs
     running
     stopping   init has ended; the others are killed, and their ends awaited (B24)
-    stopped    `exit` says how, or `failure` why it never ran; kept until it is deleted
+    failed     `failure` says why there is no init; nothing ran, and only its end can follow (B23)
+    stopped    `exit` says how; kept until it is deleted
     deleting   the runtime's state, the mounts and the cgroup are being removed
 
 Rule: whatever fails is undone, and the id can be used again (B22).  The exit is told once, after every process of
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from .containers import Containers
+    from .execs import Exec
     from .processes import Process
     from .server import Call
 
@@ -47,7 +49,10 @@ GONE_TIMEOUT = 30.0
 KILLED = {"code": 137, "signal": 9, "oom": False}
 
 #: States as users of containers know them.
-SHOWN = {"preparing": "created", "ready": "created", "starting": "running", "stopping": "running"}
+SHOWN = {
+    **dict.fromkeys(("preparing", "ready", "failed"), "created"),
+    **dict.fromkeys(("starting", "stopping"), "running"),
+}
 
 
 class Container:
@@ -63,7 +68,7 @@ class Container:
         self.exit: dict[str, Any] | None = None
         self.failure: ByreError | None = None
         self.log = Ring(owner.loop)
-        self.execs: set[Process] = set()
+        self.execs: set[Exec] = set()  # on their way, or running
         self._waiters: list[Call] = []
         self._deletions: list[Call] = []
         self._watches = Watches(owner.loop, self.cgroup)
@@ -140,10 +145,12 @@ class Container:
         self.state = "preparing"
 
     def _init_failed(self, error: ByreError) -> None:
-        """There will never be an init, and so no exit: whoever waits gets the reason."""
+        """There will never be an init.  No exit is invented: the container is as one that nobody started."""
         cgroups.kill(self.cgroup)
         self.failure = error
-        self._stopped(lambda call: call.fail(error))
+        self.state = "failed"
+        if self._kill_wanted:
+            self._finish(KILLED)
 
     def start(self, call: Call) -> None:
         """`container.start`; makes init first where nobody asked for it."""
@@ -182,33 +189,28 @@ class Container:
     def terminate(self) -> None:
         """Kill everything in it (B23).  Harmless when repeated or too late."""
         self._kill_wanted = True
-        if self.state == "created":
+        if self.state in ("created", "failed"):
             self._finish(KILLED)
         elif self.state in ("ready", "starting", "running", "stopping"):
             cgroups.kill(self.cgroup)
 
     def init_exited(self, process: Process) -> None:
         """Its first process has ended: so do the others (B24)."""
-        process.oom = self._was_oom(process)
+        process.oom = self.was_oom(process)
         self.state = "stopping"
         cgroups.kill(self.cgroup)
         self.owner.loop.call_later(GONE_TIMEOUT, self._never_gone)
         self.owner.loop.call_soon(self._check_gone)
 
-    def exec_exited(self, process: Process, leaf: str) -> None:
-        """A process of an exec has ended; what it left running keeps its cgroup until it ends too."""
-        process.oom = self._was_oom(process)
-        self.execs.discard(process)
-        self.leave(leaf)
+    def exec_over(self, gone: Exec, leaf: str) -> None:
+        """The process of an exec has ended, or never was; what it left running keeps the cgroup `leaf`."""
+        self.execs.discard(gone)
+        self._leaves.append(leaf)
+        self._leaves = [path for path in self._leaves if not cgroups.remove(path)]
         if self.state == "stopping":
             self.owner.loop.call_soon(self._check_gone)
 
-    def leave(self, leaf: str) -> None:
-        """Remove the cgroup of an exec, and those of earlier ones, as far as nothing lives there."""
-        self._leaves.append(leaf)
-        self._leaves = [path for path in self._leaves if not cgroups.remove(path)]
-
-    def _was_oom(self, process: Process) -> bool:
+    def was_oom(self, process: Process) -> bool:
         """Whether the kernel killed it for want of memory: since the last such end, the count has risen (B29)."""
         seen, self._oom_kills = self._oom_kills, cgroups.oom_kills(self.cgroup)
         killed = process.exit is not None and process.exit["code"] == KILLED["code"]
@@ -237,24 +239,19 @@ class Container:
         self._finish(self.init.exit)
 
     def _finish(self, how: dict[str, Any]) -> None:
-        exit_status = self.exit = dict(how)
-        self.owner.emit("container.exit", {"container": self.id, **exit_status})
-        self._stopped(lambda call: call.reply(exit_status))
-
-    def _stopped(self, answer: Callable[[Call], object]) -> None:
+        self.exit = dict(how)
         self.state = "stopped"
         self._watches.close()
         self.log.finish()
+        self.owner.emit("container.exit", {"container": self.id, **self.exit})
         waiters, self._waiters = self._waiters, []
         for call in waiters:
-            answer(call)
+            call.reply(self.exit)
         if self._deletions:
             self._dispose()
 
     def wait(self, call: Call) -> None:
         """`container.wait`: answers with the exit, now or later."""
-        if self.failure is not None:
-            raise self.failure
         if self.exit is not None:
             call.reply(self.exit)
             return

@@ -58,6 +58,7 @@ class Exec:
             self._stdio.close()
             raise
         self._call.on_cancel = self._give_up
+        container.execs.add(self)
 
     def _give_up(self, error: ByreError) -> None:
         self._given_up = error
@@ -95,16 +96,16 @@ class Exec:
             self._undo(failure if isinstance(failure, ByreError) else RuntimeFailed(str(failure)))
             return
         self._crun.close()
-        self._container.execs.add(process)
         self._call.on_cancel = None
         self._call.reply({"process": process.id, "pid": process.pid})
 
     def _ended(self, process: Process) -> None:
-        self._container.exec_exited(process, self._cgroup)
+        process.oom = self._container.was_oom(process)
+        self._container.exec_over(self, self._cgroup)
 
     def _undo(self, error: ByreError) -> None:
         cgroups.kill(self._cgroup)
-        self._container.leave(self._cgroup)
+        self._container.exec_over(self, self._cgroup)
         self._crun.close()
         self._stdio.close()
         self._call.fail(error)

@@ -38,8 +38,8 @@ DEVICE_LINKS = {
     "/dev/stderr": "/proc/self/fd/2",
 }
 
-#: Grace periods by interrupt instead of waiting 10 to 40 ms each: modules, cgroups and unmounting wait for them, and
-#: with a few processors the interrupts cost nothing.
+#: Grace periods by interrupt instead of waiting 10 to 40 ms each; modules, cgroups and unmounting wait for them.
+#: With a few processors the interrupts cost nothing.
 RCU_EXPEDITED = "/sys/kernel/rcu_expedited"
 
 #: Settings that differ from the kernel's default, each with its reason.

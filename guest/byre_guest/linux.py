@@ -75,6 +75,10 @@ SFD_NONBLOCK = 0o4000
 SFD_CLOEXEC = 0o2000000
 SIGNALFD_SIGINFO_SIZE = 128
 
+# mallopt(3)
+M_TRIM_THRESHOLD = -1
+M_MMAP_THRESHOLD = -3
+
 _SYS_FINIT_MODULE = 313 if os.uname().machine == "x86_64" else 273
 _SYS_CLOSE_RANGE = 436
 _SYS_OPENAT2 = 437
@@ -109,6 +113,17 @@ _c.syscall.restype = ctypes.c_long
 def _raise(*names: str | None) -> None:
     number = ctypes.get_errno()
     raise OSError(number, os.strerror(number), *names)
+
+
+def keep_freed_memory(size: int) -> None:
+    """Let libc keep up to `size` freed bytes, and take blocks of up to that size from them, not from the kernel.
+
+    Otherwise every 64 KiB buffer is mapped, faulted in page by page and unmapped again: more than half of the time
+    that carrying it takes, under emulation.  Source: mallopt(3); a libc without it is left as it is.
+    """
+    if hasattr(_c, "mallopt"):
+        _c.mallopt(ctypes.c_int(M_TRIM_THRESHOLD), ctypes.c_int(size))
+        _c.mallopt(ctypes.c_int(M_MMAP_THRESHOLD), ctypes.c_int(size))
 
 
 def mount(source: str, target: str, filesystem: str, flags: int = 0, data: str = "") -> None:

@@ -92,9 +92,10 @@ class Logs:
                 continue
             head, _, text = record.partition(b";")
             priority = head.partition(b",")[0]
-            if priority.isdigit() and int(priority) >> 3 == 0:  # facility 0: the kernel's own
+            if priority.isdigit():
                 line = text.partition(b"\n")[0].decode(errors="replace")
-                self.log(KERNEL_LEVELS[int(priority) & 7], line, "kernel")
+                source = "kmsg" if int(priority) >> 3 else "kernel"  # facility 0 is the kernel itself (syslog(3))
+                self.log(KERNEL_LEVELS[int(priority) & 7], line, source)
 
 
 def describe(error: BaseException) -> str:

@@ -27,6 +27,9 @@ EPOLLPRI = select.EPOLLPRI
 #: Events taken per round: small enough that the channel is served often while many processes are busy.
 MAX_EVENTS = 64
 
+#: Seconds of quiet after which the loop sleeps soundly: to lift the watch over it and to set it again costs time.
+DOZE = 1.0
+
 #: Timers kept before the cancelled ones are looked for: most deadlines are cancelled long before they are due.
 MIN_TIMERS = 64
 
@@ -65,7 +68,7 @@ class Loop:
         self._running = False
         #: Called when all callbacks of a round are done.
         self.end_round: Callable[[], object] = _ignore
-        #: Called with True when a round begins and with False before the loop sleeps.
+        #: Called with True when a round begins and with False before the loop sleeps for long.
         self.watch_over: Callable[[bool], object] = _ignore
 
     def add(self, fd: int, mask: int, callback: Callable[[int], object]) -> None:
@@ -105,17 +108,24 @@ class Loop:
         self._running = True
         self._round([])
         while self._running:
-            patience = self._patience()
-            if patience:
-                self.watch_over(False)
-            events = self._epoll.poll(patience, MAX_EVENTS)
-            if patience:
-                self.watch_over(True)
+            events = self._wait()
+            self.watch_over(True)
             self._round(events)
 
     def close(self) -> None:
         """Release the epoll descriptor."""
         self._epoll.close()
+
+    def _wait(self) -> list[tuple[int, int]]:
+        """The next events.  Before a long sleep, and only then, nobody needs to watch over the loop any more."""
+        patience = self._patience()
+        if 0 <= patience <= DOZE:
+            return self._epoll.poll(patience, MAX_EVENTS)
+        events = self._epoll.poll(DOZE, MAX_EVENTS)
+        if not events:
+            self.watch_over(False)
+            events = self._epoll.poll(self._patience(), MAX_EVENTS)
+        return events
 
     def _patience(self) -> float:
         """Seconds to sleep: until the next timer, 0 when work waits, -1 for ever."""

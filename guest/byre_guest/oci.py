@@ -100,6 +100,7 @@ def init_process(given: dict[str, Any], user: dict[str, Any] | None) -> dict[str
 def exec_process(base: dict[str, Any], arguments: dict[str, Any], user: dict[str, Any] | None) -> dict[str, Any]:
     """The process object of an exec from `process.create`'s arguments; `base` is the container's own process."""
     if arguments["oci"] is not None:
+        check_process(arguments["oci"])
         process = {"cwd": "/", "user": {"uid": 0, "gid": 0}, "oomScoreAdj": 0, **arguments["oci"]}
     else:
         process = {**base, "args": _command(arguments)}

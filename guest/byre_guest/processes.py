@@ -132,7 +132,7 @@ class Process:
         self.oom = False  # set by whoever can tell, before or in `on_exit`
         self.released = False
         self.exit: dict[str, Any] | None = None
-        self.totals = [-1, -1, -1]  # bytes of stdout and stderr, once their ends were seen
+        self.totals = [0, 0, 0]  # bytes of stdout and stderr; -1 until their end was seen
         self.master = -1
         self.outputs: list[FromPipe] = []
         self.input: ToPipe | None = None
@@ -246,6 +246,7 @@ class Processes:
         master = process.master = stdio.ours[1] if stdio.terminal else -1
         for index in (1, 2):
             if stdio.ours[index] >= 0 and stdio.ids[index]:
+                process.totals[index] = -1
                 ended = _output_ended(process, index)
                 process.outputs.append(
                     FromPipe(pumps, stdio.ours[index], stdio.ids[index], ended, terminal=stdio.terminal)

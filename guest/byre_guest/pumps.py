@@ -15,6 +15,8 @@ from __future__ import annotations
 import errno
 import os
 from collections import deque
+from fcntl import fcntl
+from itertools import islice
 
 from byre_proto import events, limits
 from byre_proto.streams import REASON_NONE, REASON_PROCESS_GONE
@@ -35,6 +37,14 @@ CHUNK = limits.MAX_DATA
 #: Stream bytes that may wait to be sent before the pumps rest: enough for the channel to stay busy, little enough
 #: that the agent's memory does not grow with the number of processes.
 MAX_BACKLOG = 256 * 1024
+
+#: fcntl(2); the fcntl module has a name for it from Python 3.10 on.
+F_SETPIPE_SZ = 1031
+
+#: A stream that has carried this much gets a larger pipe: the process and the agent take turns less often.  Not
+#: from the start: a thousand unread streams would fill the memory with what waits in their pipes.
+GROW_AFTER = 256 * 1024
+PIPE_SIZE = 256 * 1024
 
 #: Buffers handed to one writev(2).
 MAX_BUFFERS = 64
@@ -91,6 +101,8 @@ class FromPipe:
         self._terminal = terminal
         self._readable = False
         self._hung_up = False
+        self._carried = 0
+        self._grown = terminal
         os.set_blocking(fd, False)
         pumps.add(self)
         pumps.loop.add(fd, EPOLLIN | EPOLLET, self._on_ready)
@@ -136,6 +148,10 @@ class FromPipe:
             self._end(session.send_eof(self.stream))
             return False
         session.send(self.stream, data)
+        self._carried += len(data)
+        if not self._grown and self._carried >= GROW_AFTER:
+            self._grown = True
+            _grow(self._fd)
         if len(data) < wanted and not (self._terminal or self._hung_up):
             self._readable = False  # it was empty; what comes later is a new edge
         return self._readable
@@ -186,6 +202,8 @@ class ToPipe:
         self._chunks: deque[bytes | memoryview] = deque()
         self._eof = False
         self._writable = True
+        self._carried = 0
+        self._grown = at_eof is not None
         self._last: bytes | memoryview = b""  # the chunk written last
         os.set_blocking(fd, False)
         pumps.add(self)
@@ -215,7 +233,10 @@ class ToPipe:
         chunks = self._chunks
         while chunks and self._writable:
             try:
-                written = os.writev(self._fd, list(chunks)[:MAX_BUFFERS])
+                if len(chunks) == 1:
+                    written = os.write(self._fd, chunks[0])
+                else:
+                    written = os.writev(self._fd, list(islice(chunks, MAX_BUFFERS)))
             except BlockingIOError:
                 self._writable = False
                 return
@@ -239,6 +260,10 @@ class ToPipe:
             rest -= len(chunk)
             self._last = chunk
         self._pumps.session.consume(self.stream, written)
+        self._carried += written
+        if not self._grown and self._carried >= GROW_AFTER:
+            self._grown = True
+            _grow(self._fd)
 
     def _finish(self) -> None:
         if self._at_eof is not None:
@@ -267,3 +292,11 @@ class ToPipe:
         self._fd = -1
         self._pumps.drop(self)
         self._on_end()
+
+
+def _grow(fd: int) -> None:
+    """Make a pipe larger, where its owner may: the kernel bounds what ordinary users' pipes hold together."""
+    try:
+        fcntl(fd, F_SETPIPE_SZ, PIPE_SIZE)
+    except OSError:
+        pass

@@ -168,13 +168,13 @@ def fork(plan: Plan, stdio: list[int], terminal: bool, report: int) -> int:
 
 def _child(plan: Plan, stdio: list[int], terminal: bool, report: int) -> None:
     """Never returns."""
-    step, detail = "setup", ""
+    step, number, detail = "setup", 0, ""
     try:
         os.setsid()
         if terminal:
             terminals.make_controlling(stdio[0])
-        for number, fd in enumerate(stdio):
-            os.dup2(fd, number)
+        for target, fd in enumerate(stdio):
+            os.dup2(fd, target)
         step = "rlimits"
         for limit, values in plan.rlimits:
             resource.setrlimit(limit, values)
@@ -193,17 +193,17 @@ def _child(plan: Plan, stdio: list[int], terminal: bool, report: int) -> None:
         if plan.no_new_privileges:
             step = "no_new_privileges"
             linux.prctl(linux.PR_SET_NO_NEW_PRIVS, 1)
-        for number in IGNORED_BY_PYTHON:
-            signals.signal(number, signals.SIG_DFL)
+        for ignored in IGNORED_BY_PYTHON:
+            signals.signal(ignored, signals.SIG_DFL)
         signals.pthread_sigmask(signals.SIG_SETMASK, ())
         step = "exec"
         _exec(plan)
     except OSError as error:
         number, detail = error.errno or 0, str(error.filename or "")
     except ByreError as error:
-        number, detail = 0, error.message
+        detail = error.message
     except BaseException as error:
-        number, detail = 0, repr(error)
+        detail = repr(error)
     os.write(report, f"{step}\0{number}\0{detail}".encode(errors="replace")[:MAX_REPORT])
     os._exit(255)
 

@@ -1,4 +1,4 @@
-"""The asyncio shell around `byre_proto.Connection`: one connected socket, many calls, streams and events.
+"""The asyncio shell around `byre_proto.Connection`: one connected socket, many calls (`calls`), streams and events.
 
 Rule: protocol decisions are the core's, this moves bytes and wakes tasks.  Everything that waits here ends with a
 result, its deadline, its cancellation, or the loss of the connection, which is published once (B42).
@@ -11,15 +11,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
-import time
-from collections.abc import Awaitable, Callable, Coroutine
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, Any
 
 from byre_proto import events
 from byre_proto.connection import Connection
 
-from .errors import ByreError, ConnectionLost, DeadlineExceeded, NotSupported, ResourceExhausted, StreamReset
+from .calls import Calls, Result
+from .channel import CLOSE_GRACE, WRITE_BATCH, Channel
+from .errors import ByreError, ConnectionLost, DeadlineExceeded, NotSupported, StreamReset
 from .guestlog import GuestLog
 from .streams import BridgeReader, StreamTransport
 
@@ -28,47 +28,21 @@ if TYPE_CHECKING:
 
     from byre_proto.session import Session
 
-_log = logging.getLogger(__name__)
-
-#: Read at once from the socket: a virtio-serial port is fastest in large reads, and memory is one buffer.
-READ_SIZE = 256 * 1024
-
-#: Given to the socket at once, and left in asyncio's buffer before writing pauses.  A control frame waits behind
-#: this much at most: 1.3 ms at 100 MB/s.
-WRITE_BATCH = 128 * 1024
-
 #: Stream data queued in the core before writers wait: enough for the next batch.
 MAX_BACKLOG = 2 * WRITE_BATCH
-
-#: Deadline of a call that was given none, in seconds: a loaded guest under emulation takes its time, but no wait
-#: is without an end.
-CALL_TIMEOUT = 120.0
-
-#: How long a cancelled call waits for the guest's verdict, in seconds (B15).  The tidying goes on after it.
-CANCEL_GRACE = 5.0
 
 #: How long a machine's own word for its end is awaited after its channel ended, in seconds (B42: within one).
 EXPLAIN_GRACE = 0.5
 
-#: How long the last frames may take to leave when the bridge is closed, in seconds.
-CLOSE_GRACE = 1.0
-
 #: The field by which events find their subscriber.
 _KEYS = {"process.exit": "process", "container.exit": "container", "container.oom": "container"}
 
-T = TypeVar("T")
-Result = dict[str, Any]
 #: Called with the event's fields, or with the loss of the connection: either ends what waits.
 Subscriber = Callable[[Result | ConnectionLost], None]
 Server = Callable[[events.RequestReceived | events.CancelReceived], None]
 
 
-class _Call(NamedTuple):
-    future: asyncio.Future[Result]
-    accept: Callable[[Result], None] | None
-
-
-class Bridge:
+class Bridge(Calls):
     """One connection to an agent or a keeper.  `label` names the VM in logs and errors.
 
     With `server` it is the other side, which is asked: each request, and each cancellation of one, is given to it,
@@ -78,6 +52,7 @@ class Bridge:
     def __init__(
         self, sock: socket.socket, *, label: str = "", secret: bytes | None = None, server: Server | None = None
     ) -> None:
+        super().__init__()
         self.label = label
         self.readers: dict[int, BridgeReader] = {}
         self.writers: dict[int, StreamTransport] = {}
@@ -87,14 +62,10 @@ class Bridge:
         self._sock = sock
         self._server = server
         self._connection = Connection(first=server is None, name="byre", secret=secret)
-        self._channel: _Channel | None = None
+        self._channel: Channel | None = None
         self._opened: asyncio.Future[None] | None = None
-        self._calls: dict[int, _Call] = {}
-        self._pings: dict[int, asyncio.Future[None]] = {}
-        self._next_ping = 1
         self._subscribers: dict[tuple[str, Any], Subscriber] = {}
         self._waiting: dict[StreamTransport, None] = {}  # writers that wait for a smaller backlog, in order
-        self._tasks: set[asyncio.Task[Any]] = set()
         self._loss: ConnectionLost | None = None
         self._lost = asyncio.Event()
         self._flush_due = False
@@ -110,7 +81,7 @@ class Bridge:
         loop = asyncio.get_running_loop()
         self._opened = loop.create_future()
         try:
-            channel = _Channel(self)
+            channel = Channel(self)
             await loop.create_connection(lambda: channel, sock=self._sock)
             self.flush_soon()
             async with asyncio.timeout(timeout):
@@ -153,119 +124,6 @@ class Bridge:
     def fail(self, reason: str) -> None:
         """The machine is known to be gone: everything ends now, with this reason (B42)."""
         self._lose(None, reason)
-
-    # -- calls ---------------------------------------------------------------------------------------------
-
-    async def call(
-        self,
-        method: str,
-        *,
-        timeout: float | None = CALL_TIMEOUT,
-        accept: Callable[[Result], None] | None = None,
-        undo: Callable[[Result], Awaitable[object]] | None = None,
-        **arguments: Any,
-    ) -> Result:
-        """Ask the guest and wait for its answer; raises the error that it answered with.
-
-        accept  called at once with the answer, before any event that follows it is looked at
-        undo    awaited with the answer of a call that was cancelled, or past its deadline, and yet succeeded
-
-        Past `timeout` seconds: `DeadlineExceeded`, alone (B44).  With `undo`, its ``data["ran"]`` says whether the
-        call had succeeded, False for no and None for unknown.  Cancelled: the guest is told, and its verdict
-        awaited for CANCEL_GRACE, so that nothing half-done is left behind (B15).
-        """
-        if self._loss is not None:
-            raise self._lost_error()
-        number = self.session.request(method, arguments, timeout)
-        future: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
-        self._calls[number] = _Call(future, accept)
-        self.flush_soon()
-        try:
-            done, _ = await asyncio.wait((future,), timeout=timeout)
-        except asyncio.CancelledError as cancelled:
-            ran = await self._abandon(number, future, undo)
-            cancelled.add_note(f"{method}: {_VERDICTS[ran]}")
-            raise
-        if done:
-            return future.result()
-        if undo is None:
-            self.session.forget(number)
-            del self._calls[number]
-            raise DeadlineExceeded(f"{method} was not answered within {timeout:g} s", method=method)
-        ran = await self._abandon(number, future, undo)
-        raise DeadlineExceeded(f"{method} was not done within {timeout:g} s", method=method, ran=ran)
-
-    def post(self, method: str, **arguments: Any) -> None:
-        """Ask for what needs no answer, such as giving something back.  Harmless when the connection is lost."""
-        if self._loss is None:
-            try:
-                self.session.forget(self.session.request(method, arguments))
-            except ResourceExhausted as error:
-                _log.warning("! %s was not sent: %s", method, error)
-            self.flush_soon()
-
-    async def ping(self, timeout: float) -> float:
-        """One round trip to the agent's loop, in seconds.  Raises `DeadlineExceeded`, `ConnectionLost`."""
-        if self._loss is not None:
-            raise self._lost_error()
-        token, self._next_ping = self._next_ping, self._next_ping + 1
-        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._pings[token] = future
-        begin = time.perf_counter()
-        self.session.ping(token)
-        self.flush_soon()
-        try:
-            async with asyncio.timeout(timeout):
-                await future
-        except TimeoutError:
-            raise DeadlineExceeded(f"no sign of life within {timeout:g} s") from None
-        finally:
-            self._pings.pop(token, None)
-        return time.perf_counter() - begin
-
-    async def _abandon(
-        self, number: int, future: asyncio.Future[Result], undo: Callable[[Result], Awaitable[object]] | None
-    ) -> bool | None:
-        """Cancel a call: whether it had succeeded, None when that is not known in time."""
-        if not future.done():
-            self.session.cancel(number)
-            self.flush_soon()
-        return await self.finish(self._settle(future, undo), CANCEL_GRACE)
-
-    async def finish(self, tidying: Coroutine[Any, Any, T], timeout: float = 3 * CANCEL_GRACE) -> T | None:
-        """Await `tidying`, which goes on when the awaiting task is cancelled (again), or after `timeout` seconds.
-
-        Returns its result, None when it takes longer.
-        """
-        task = self.background(tidying)
-        done, _ = await asyncio.wait((task,), timeout=timeout)
-        return task.result() if done else None
-
-    async def _settle(
-        self, future: asyncio.Future[Result], undo: Callable[[Result], Awaitable[object]] | None
-    ) -> bool | None:
-        try:
-            result = await future
-        except ConnectionLost:
-            return None
-        except ByreError:
-            return False
-        if undo is not None:
-            with contextlib.suppress(ByreError):  # gone by itself, or with the connection
-                await undo(result)
-        return True
-
-    def background(self, tidying: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
-        """A task that `close` waits for."""
-        task = asyncio.get_running_loop().create_task(tidying)
-        self._tasks.add(task)
-        task.add_done_callback(self._tidied)
-        return task
-
-    def _tidied(self, task: asyncio.Task[Any]) -> None:
-        self._tasks.discard(task)
-        if not task.cancelled() and task.exception() is not None:
-            _log.debug("! tidying: %r", task.exception())
 
     # -- events --------------------------------------------------------------------------------------------
 
@@ -358,7 +216,13 @@ class Bridge:
                 del self._waiting[writer]
                 writer.pump()
 
-    def _receive(self, data: memoryview) -> None:
+    def channel_made(self, channel: Channel) -> None:
+        self._channel = channel
+
+    def channel_writable(self) -> None:
+        self._flush()
+
+    def channel_received(self, data: memoryview) -> None:
         self._connection.receive_data(data)
         self._dispatch()
 
@@ -369,7 +233,7 @@ class Bridge:
                 handler(self, event)
         self.flush_soon()
 
-    def _channel_lost(self, error: Exception | None) -> None:
+    def channel_lost(self, error: Exception | None) -> None:
         if self.explain is not None and self._loss is None:
             self.background(self._lose_explained(self.explain(), error))
             return
@@ -398,11 +262,7 @@ class Bridge:
         self._lost.set()
         if self._opened is not None and not self._opened.done():
             self._opened.set_exception(self._lost_error())
-        for call in self._calls.values():
-            _set_exception(call.future, self._lost_error())
-        self._calls.clear()
-        for ping in self._pings.values():
-            _set_exception(ping, self._lost_error())
+        self.lose_calls(self._lost_error)
         for reader in self.readers.values():
             reader.fail(self._lost_error())
         for writer in list(self.writers.values()):
@@ -428,20 +288,6 @@ class Bridge:
             self._opened.set_exception(error)
         self._flush()
         self._lose(error, str(error) if error else "the guest's agent closed the connection")
-
-    def _on_reply(self, event: events.ReplyReceived) -> None:
-        call = self._calls.pop(event.call, None)
-        if call is None:
-            return
-        if call.accept is not None:
-            call.accept(event.result)
-        if not call.future.done():
-            call.future.set_result(event.result)
-
-    def _on_error(self, event: events.ErrorReceived) -> None:
-        call = self._calls.pop(event.call, None)
-        if call is not None:
-            _set_exception(call.future, event.error)
 
     def _on_event(self, event: events.EventReceived) -> None:
         key = event.fields.get(_KEYS.get(event.name, ""))
@@ -484,21 +330,14 @@ class Bridge:
         if writer is not None:
             writer.pump()
 
-    def _on_pong(self, event: events.PongReceived) -> None:
-        future = self._pings.get(event.token)
-        if future is not None and not future.done():
-            future.set_result(None)
-
-
-_VERDICTS = {True: "it had run, and was undone", False: "it had not run", None: "whether it ran is not known"}
 
 _HANDLERS: dict[type[events.Event], Callable[[Bridge, Any], None]] = {
     events.Connected: Bridge._on_connected,
     events.Closed: Bridge._on_closed,
     events.RequestReceived: Bridge._on_request,
     events.CancelReceived: Bridge._on_request,
-    events.ReplyReceived: Bridge._on_reply,
-    events.ErrorReceived: Bridge._on_error,
+    events.ReplyReceived: Bridge.on_reply,
+    events.ErrorReceived: Bridge.on_error,
     events.EventReceived: Bridge._on_event,
     events.LogReceived: Bridge._on_log,
     events.DataReceived: Bridge._on_data,
@@ -506,57 +345,5 @@ _HANDLERS: dict[type[events.Event], Callable[[Bridge, Any], None]] = {
     events.ResetReceived: Bridge._on_reset,
     events.StopReceived: Bridge._on_stop,
     events.CreditReceived: Bridge._on_credit,
-    events.PongReceived: Bridge._on_pong,
+    events.PongReceived: Bridge.on_pong,
 }
-
-
-def _set_exception(future: asyncio.Future[Any], error: Exception) -> None:
-    """Fail a future that perhaps nobody awaits any longer, without asyncio's complaint about it."""
-    if not future.done():
-        future.set_exception(error)
-        future.exception()
-
-
-class _Channel(asyncio.BufferedProtocol):
-    """The socket, as asyncio sees it."""
-
-    transport: asyncio.Transport
-
-    def __init__(self, bridge: Bridge) -> None:
-        self._bridge = bridge
-        self._buffer = memoryview(bytearray(READ_SIZE))
-        self._closed = asyncio.Event()
-        self.paused = False
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self.transport = transport
-        transport.set_write_buffer_limits(high=WRITE_BATCH)
-        self._bridge._channel = self
-
-    def get_buffer(self, sizehint: int) -> memoryview:
-        return self._buffer
-
-    def buffer_updated(self, nbytes: int) -> None:
-        self._bridge._receive(self._buffer[:nbytes])
-
-    def pause_writing(self) -> None:
-        self.paused = True
-
-    def resume_writing(self) -> None:
-        self.paused = False
-        self._bridge._flush()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._closed.set()
-        self.paused = True
-        self._bridge._channel_lost(exc)
-
-    def end(self) -> None:
-        """Close once what was written has left; by force when that takes too long."""
-        self.transport.close()
-        if not self._closed.is_set():
-            asyncio.get_running_loop().call_later(CLOSE_GRACE, self.transport.abort)
-
-    async def wait_closed(self) -> None:
-        await self._closed.wait()

@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from . import properties
-from .bridge import CALL_TIMEOUT
+from .calls import CALL_TIMEOUT
 from .cow import Container, ExitStatus
 from .errors import (
     ByreError,
@@ -28,10 +28,12 @@ from .parameters import ModifyRequest, ProcessConfig, UpdateResources
 from .process import GuestProcess, GuestProcessHost
 
 if TYPE_CHECKING:
-    from .bridge import Bridge, Result
+    from .bridge import Bridge
+    from .calls import Result
 
-#: How long a terminated container may take to end before it is deleted anyway, in seconds.
-END_TIMEOUT = 30.0
+#: How long leaving ``async with`` waits for the guest to kill and delete a container, in seconds; the guest itself
+#: gives up on processes that cannot be killed after 30.
+LEAVE_TIMEOUT = 60.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -188,15 +190,11 @@ class GuestContainer(GuestProcessHost, Container):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Terminate, delete, close (B26); to the end, even when the task is cancelled meanwhile."""
-        await self._bridge.finish(self._leave(), 2 * END_TIMEOUT)
+        await self._bridge.finish(self._leave(), LEAVE_TIMEOUT)
 
     async def _leave(self) -> None:
         try:
-            await self.terminate()
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(END_TIMEOUT):
-                    await self.wait_channel.wait()
-            await self.delete()
+            await self.delete()  # the guest kills it, tells its end, and then answers
         finally:
             if self._init is not None and self._init.done() and not self._init.exception():
                 await self._init.result().close()

@@ -24,7 +24,7 @@ from .errors import ByreError, ConnectionLost, DeadlineExceeded, MachineFailed, 
 from .owner import DiskPlace, Owner
 
 if TYPE_CHECKING:
-    from .bridge import Result
+    from .calls import Result
 
 #: Name of the VM that is meant when none is given.
 DEFAULT = rundir.DEFAULT

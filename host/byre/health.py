@@ -40,6 +40,7 @@ class Health:
         self._bridge = bridge
         self._state = OK
         self._changed = asyncio.Condition()
+        self._listeners: list[asyncio.Queue[str]] = []
         self._resting = False
         self._wake = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
@@ -79,13 +80,22 @@ class Health:
                 raise self._bridge.lost or ConnectionLost("the VM is gone")
             return self._state
 
-    async def __aiter__(self) -> AsyncIterator[str]:
-        seen = self._state
-        while seen != LOST:
-            async with self._changed:
-                await self._changed.wait_for(lambda seen=seen: self._state != seen)  # type: ignore[misc]
-                seen = self._state
-            yield seen
+    def __aiter__(self) -> AsyncIterator[str]:
+        changes: asyncio.Queue[str] = asyncio.Queue()
+        self._listeners.append(changes)
+        return self._listen(changes)
+
+    async def _listen(self, changes: asyncio.Queue[str]) -> AsyncIterator[str]:
+        try:
+            if self._state == LOST:
+                return
+            while True:
+                state = await changes.get()
+                yield state
+                if state == LOST:
+                    return
+        finally:
+            self._listeners.remove(changes)
 
     async def _probe(self) -> None:
         try:
@@ -120,5 +130,7 @@ class Health:
     async def _set(self, state: str) -> None:
         if state != self._state and self._state != LOST:
             self._state = state
+            for changes in self._listeners:
+                changes.put_nowait(state)
             async with self._changed:
                 self._changed.notify_all()

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class Passage:
-    """The `source` bridge feeds it as a reader, the `sink` bridge pumps it as a writer.  Numbers: each side's own."""
+    """The `source` bridge feeds it as a reader, the `sink` bridge pumps it as a writer, each by its own number."""
 
     def __init__(self, source: Bridge, source_number: int, sink: Bridge, sink_number: int) -> None:
         self._source, self._source_number = source, source_number

@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from .bridge import CALL_TIMEOUT
+from .calls import CALL_TIMEOUT
 from .cow import ExitStatus, Process, ProcessHost, Stdio
 from .errors import (
     ConnectionLost,
@@ -25,7 +25,8 @@ from .run import run as run_process
 from .streams import open_reader, open_writer
 
 if TYPE_CHECKING:
-    from .bridge import Bridge, Result
+    from .bridge import Bridge
+    from .calls import Result
     from .streams import BridgeReader, StreamTransport
 
 SIGKILL = 9

@@ -18,7 +18,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import IO, TYPE_CHECKING, Any, TypeAlias
 
-from .bridge import CALL_TIMEOUT, CANCEL_GRACE
+from .calls import CALL_TIMEOUT, CANCEL_GRACE
 from .errors import ByreError, CommandFailed, DeadlineExceeded, InvalidRequest
 from .machines.spawn import in_thread
 from .parameters import ProcessParameters

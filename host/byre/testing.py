@@ -13,7 +13,7 @@ Rule: only the guest is played.  Protocol, flow control, deadlines and errors ar
 from __future__ import annotations
 
 import asyncio
-import contextlib
+import logging
 import signal
 import socket
 from collections.abc import Awaitable, Callable, Mapping
@@ -36,7 +36,9 @@ from .streams import open_reader, open_writer
 if TYPE_CHECKING:
     from types import TracebackType
 
-    from .bridge import Result
+    from .calls import Result
+
+_log = logging.getLogger(__name__)
 
 #: A socket pair answers at once.
 OPEN_TIMEOUT = 10.0
@@ -147,8 +149,13 @@ class FakeGuest:
     async def _run(self, process: FakeProcess, command: Command) -> None:
         await asyncio.sleep(0)  # the answer to process.create goes first
         code = 0
-        with contextlib.suppress(asyncio.CancelledError):
+        try:
             code = await command(process)
+        except asyncio.CancelledError:
+            pass  # killed, or the guest has ended
+        except Exception:
+            _log.exception("the command %s failed", process.args)
+            code = 1
         if process.killed:
             code = 128 + process.killed
         for writer in (process.stdout, process.stderr):

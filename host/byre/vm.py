@@ -129,7 +129,9 @@ class UtilityVM(GuestProcessHost):
         image = self._image
         if image is None:
             image = await in_thread(lambda: byre_images.ensure(progress))
-        return MachineConfig(kernel=image.kernel, initramfs=image.initramfs, root=image.root, **self._options)
+        options = dict(self._options)
+        options["kernel_arguments"] = (*byre_images.KERNEL_ARGUMENTS, *options["kernel_arguments"])
+        return MachineConfig(kernel=image.kernel, initramfs=image.initramfs, root=image.root, **options)
 
     def _make_machine(self, config: MachineConfig) -> Machine:
         from .machines.qemu import QemuMachine

@@ -32,6 +32,8 @@ FILES = (KERNEL, INITRAMFS, ROOT)
 #: Images kept besides those used during the last day: each change of the agent makes one, of some 50 MB.
 KEEP_IMAGES = 4
 KEEP_SECONDS = 86400
+#: Bases kept: today's, and the one before it, should somebody go back.
+KEEP_BASES = 2
 
 TEMPORARY_PREFIX = ".new-"
 
@@ -111,7 +113,7 @@ def pins_of(manifest: dict[str, Any]) -> list[Pin]:
 
 def key(sources: dict[str, str], pins: list[Pin]) -> str:
     """Directory name of the image made from these; short enough for a path, long enough never to collide."""
-    text = json.dumps([FORMAT, sources]) + save_pins(pins)
+    text = json.dumps([FORMAT, sources], sort_keys=True) + save_pins(pins)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
@@ -200,9 +202,9 @@ class Cache:
         for image in self.images()[KEEP_IMAGES:]:
             if image.directory.stat().st_mtime < oldest:
                 shutil.rmtree(image.directory)
-        for directory in self.base.iterdir():
-            if directory.stat().st_mtime < oldest:
-                shutil.rmtree(directory)
+        bases = sorted(self.base.iterdir(), key=lambda directory: directory.stat().st_mtime, reverse=True)
+        for directory in bases[KEEP_BASES:]:
+            shutil.rmtree(directory)
 
 
 def default_root() -> Path:

@@ -15,7 +15,7 @@ enum { REBOOT_MAGIC1 = 0xfee1dead, REBOOT_MAGIC2 = 672274793, REBOOT_RESTART = 0
 
 /* The disk may take DISK_TRIES * 10 ms to appear after its driver was loaded; unless the host is badly overloaded
  * it is there at once. */
-enum { DISK_TRIES = 1000, MAX_ORDER = 4096 };
+enum { DISK_TRIES = 500, MAX_ORDER = 4096 };
 
 static long call(long number, long a, long b, long c, long d, long e)
 {

@@ -1,6 +1,7 @@
-"""What the guest takes from Debian's kernel package: a set of modules, and the uncompressed kernel out of its bzImage.
+"""What the guest takes from Debian's kernel package: a set of modules, and the uncompressed kernel in its bzImage.
 
-QEMU boots that by PVH: without a firmware's detour, a decompressor or real mode.  Source: Documentation/arch/x86/boot.rst of Linux (the setup header; `payload_offset`, `payload_length`).
+QEMU boots that by PVH: without a firmware's detour, a decompressor or real mode.
+Source: Documentation/arch/x86/boot.rst of Linux (the setup header; `payload_offset`, `payload_length`).
 """
 
 from __future__ import annotations

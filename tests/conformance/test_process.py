@@ -335,6 +335,7 @@ class TestConfiguration:
 
 
 @pytest.mark.behaviour("B15")
+@pytest.mark.not_on("sync")  # test_sync.py: there a signal cancels
 async def test_cancelling_a_create_leaves_no_process(host: ProcessHost) -> None:
     marker = f"byre-cancel-{os.getpid()}"
     script = "sleep 100; : " + marker
@@ -384,6 +385,7 @@ async def test_a_timeout_kills_the_whole_tree(host: Any) -> None:
 
 
 @pytest.mark.behaviour("B15b")
+@pytest.mark.not_on("sync")  # test_sync.py: there a signal cancels
 async def test_cancelling_run_kills_the_whole_tree(host: Any) -> None:
     marker = "314.159"
     running = asyncio.ensure_future(host.run(["sh", "-c", f"sleep {marker} & sleep {marker}"]))

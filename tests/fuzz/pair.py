@@ -5,11 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, TypeVar
 
+from hypothesis import HealthCheck, settings
+
 from byre_proto import events
 from byre_proto.connection import RESUME, Connection
 from byre_proto.session import Session
 
 E = TypeVar("E", bound=events.Event)
+
+#: For every property test: a loaded machine is not a failure.
+unhurried = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 RESUMABLE = frozenset({RESUME})
 FIRST_NONCE = bytes(range(1, 17))

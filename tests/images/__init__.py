@@ -22,7 +22,7 @@ def busybox_layout() -> Path:
 
 def hundred_layers() -> Path:
     """100 layers: busybox below, and /layers/N written by each, while /layers/last is written anew by every one."""
-    return _made("hundred", _make_hundred)
+    return _made("hundred", _make_hundred, Path(__file__))
 
 
 def debian_layout() -> Path:
@@ -48,7 +48,7 @@ def _make_hundred(destination: Path) -> Path:
 def _made(name: str, make: Callable[[Path], object], *sources: Path) -> Path:
     """The image in the cache; made first, by one process at a time, where it is not there."""
     recipe = hashlib.sha256(busybox_image.BUSYBOX.read_bytes())
-    for source in (Path(__file__), Path(busybox_image.__file__), *sources):
+    for source in (Path(busybox_image.__file__), *sources):
         recipe.update(source.read_bytes())
     final = _CACHE / f"{name}-{recipe.hexdigest()[:16]}"
     if not final.is_dir():

@@ -122,7 +122,9 @@ async def watch(outer: Any, count: Callable[[], Awaitable[int]]) -> list[int]:
 async def fetch_results(container: Any) -> None:
     """What the inner run recorded, beside the host's own."""
     script = "cd /tmp/results && tar -cf - ."
-    result = await container.run(["sh", "-c", "cat /tmp/results/behaviours-kvm.json"], capture_output=True, check=True)
+    result = await container.run(
+        ["sh", "-c", "cat /tmp/results/behaviours-kvm.json"], capture_output=True, check=True
+    )
     RESULTS.mkdir(parents=True, exist_ok=True)
     json.loads(result.stdout)
     (RESULTS / "behaviours-kvm.json").write_bytes(result.stdout)

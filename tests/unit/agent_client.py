@@ -155,9 +155,11 @@ class AgentClient:
         self.streams[number] = Stream()
         return number
 
-    def start(self, *args: str, stdio: str = "", **arguments: Any) -> Process:
-        """Start a process with streams by the letters of `stdio`: i, o, e."""
+    def start(self, *args: str, stdio: str = "", hold: bool = False, **arguments: Any) -> Process:
+        """Start a process with streams by the letters of `stdio`: i, o, e.  `hold`: its output is not consumed."""
         process = Process(self, stdio)
+        if hold:
+            self.held.update(process.ids.values())
         answer = self.call("process.create", args=list(args), **process.ids, **arguments)
         process.id, process.pid = answer["process"], answer["pid"]
         return process
@@ -231,14 +233,13 @@ class Process:
         self.client.call("process.release", process=self.id)
 
 
-#: What the image's init.py does: only the agent's own directories and the interpreter's.
-BOOT = f"""
+#: The agent's own directories, and the interpreter's with msgpack, as in the image.
+BOOT_PATH = f"""
 import sys
 sys.path[:0] = [{str(ROOT / "guest")!r}, {str(ROOT / "bridge_proto")!r}]
-sys.path += {[p for p in sys.path if p.endswith("site-packages") or p.endswith("dist-packages")]!r}
-from byre_guest.__main__ import main
-main()
+sys.path += {[p for p in sys.path if p.endswith(("site-packages", "dist-packages"))]!r}
 """
+BOOT = f"{BOOT_PATH}\nfrom byre_guest.__main__ import main\nmain()\n"
 
 
 def alive(pid: int) -> bool:

@@ -31,6 +31,9 @@ def mounted(images: Sequence[Path], folder: Path) -> Iterator[Path]:
             lower.insert(0, target.name)
         for name in ("upper", "work", "merged"):
             (folder / name).mkdir()
+        top = os.stat(folder / lower[0])  # the root is the upper directory's, so that has to look like the image's
+        os.chown(folder / "upper", top.st_uid, top.st_gid)
+        os.chmod(folder / "upper", stat.S_IMODE(top.st_mode))
         options = f"lowerdir={':'.join(lower)},upperdir=upper,workdir=work"
         subprocess.run(["mount", "-t", "overlay", "overlay", "-o", options, "merged"], check=True, cwd=folder)
         stack.callback(subprocess.run, ["umount", folder / "merged"], check=True)
@@ -66,7 +69,7 @@ def _remove(path: Path) -> None:
 
 
 def describe(root: Path) -> dict[str, tuple[object, ...]]:
-    """Path → everything that a program could see there: type, mode, owner, time, xattrs, contents, link
+    """Path → everything that a program could see there: type, mode, owner, time, device, xattrs, contents, link
     partners."""
     partners: dict[tuple[int, int], list[str]] = {}
     found = {}
@@ -89,8 +92,11 @@ def _facts(path: str, status: os.stat_result, partners: dict[tuple[int, int], li
         content = os.readlink(path)
     attributes = sorted((key, os.getxattr(path, key, follow_symlinks=False)) for key in _xattrs(path))
     linked = sorted(partners.get((status.st_dev, status.st_ino), ()))
+    time = (
+        0 if stat.S_ISDIR(mode) else int(status.st_mtime)
+    )  # a directory's depends on what is made in it, and when
     device = status.st_rdev if stat.S_ISCHR(mode) or stat.S_ISBLK(mode) else 0
-    return (oct(mode), status.st_uid, status.st_gid, int(status.st_mtime), device, content, attributes, linked)
+    return (oct(mode), status.st_uid, status.st_gid, time, device, content, attributes, linked)
 
 
 def _xattrs(path: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""A keeper whose VM is played, run as a process of its own: `detached.start(..., keeper="tests.unit.played_keeper")`.
+"""A keeper whose VM is played, run as a process of its own (`detached.start` with this module as the keeper).
 
 The options say what it plays: {"boot": "ready" | "fail" | "never" | "crash"}.
 """
@@ -74,6 +74,20 @@ class Played:
         return self.reason
 
 
+def describe(process: FakeProcess) -> dict[str, Any]:
+    """As the agent's own process.list has it."""
+    ended = process.task is not None and process.task.done()
+    exit_status = {"code": 0, "signal": 0} if ended else None
+    return {
+        "process": process.id,
+        "pid": process.id,
+        "container": "",
+        "args": process.args,
+        "terminal": False,
+        "exit": exit_status,
+    }
+
+
 @contextlib.asynccontextmanager
 async def boot(_: str, options: dict[str, Any]) -> AsyncIterator[Played]:
     if options.get("boot") == "fail":
@@ -87,6 +101,8 @@ async def boot(_: str, options: dict[str, Any]) -> AsyncIterator[Played]:
     for end in (ours, theirs):
         end.setblocking(False)
     guest, bridge = FakeGuest(theirs, {"forever": forever, "echo": echo}), Bridge(ours, label="played")
+    guest.handlers["process.list"] = lambda _: {"processes": [describe(p) for p in guest.processes.values()]}
+    guest.handlers["container.list"] = lambda _: {"containers": []}
     await asyncio.gather(guest.open(), bridge.open(10))
     try:
         yield Played(bridge)

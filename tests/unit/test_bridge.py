@@ -269,7 +269,7 @@ async def test_a_loss_ends_everything_that_waits() -> None:
         ]
         await guest.request()
         guest.bridge._channel.transport.abort()  # type: ignore[union-attr]  # as a killed VM
-        done, pending = await asyncio.wait(waits, timeout=1)
+        _, pending = await asyncio.wait(waits, timeout=1)
         assert not pending
         errors = [task.exception() for task in waits[:4]]
         assert all(isinstance(error, ConnectionLost) for error in errors)
@@ -320,7 +320,7 @@ async def test_a_malformed_frame_ends_the_connection_with_its_reason() -> None:
         await opening
         call = asyncio.create_task(bridge.call("system.info"))
         await loop.sock_sendall(theirs, b"\xff" * 12)
-        with pytest.raises(ConnectionLost, match="unknown frame|flags|limit|length") as caught:
+        with pytest.raises(ConnectionLost, match="frame") as caught:
             await asyncio.wait_for(call, SOON)
         assert isinstance(caught.value.__cause__, ByreError)
     await bridge.close()

@@ -41,7 +41,7 @@ def fill(directory: Path, sources: dict[str, str], pins: list[Pin] = PINS) -> No
         "packages": [{**vars(pin), "licences": []} for pin in pins],
         "files": {name: cache.digest_of(directory / name) for name in FILES},
     }
-    (directory / MANIFEST).write_text(json.dumps(manifest))
+    (directory / MANIFEST).write_text(json.dumps(manifest, sort_keys=True))
 
 
 def add(store: Cache, sources: dict[str, str]) -> byre_images.Image:
@@ -201,8 +201,12 @@ def test_images_that_nobody_used_go_and_others_stay(store: Cache) -> None:
     for age, image in enumerate(images):
         os.utime(image.directory, (long_ago - age, long_ago - age))
     used = store.find(images[-1].directory.name)
+    for age in range(cache.KEEP_BASES + 1):
+        (store.base / str(age)).mkdir()
+        os.utime(store.base / str(age), (long_ago - age, long_ago - age))
     store.prune()
     assert store.images() == [used, *images[: cache.KEEP_IMAGES - 1]]
+    assert {path.name for path in store.base.iterdir()} == {str(age) for age in range(cache.KEEP_BASES)}
 
 
 # -- export and import -------------------------------------------------------------------------------------

@@ -98,7 +98,7 @@ def test_clients_come_and_go_and_find_the_processes_as_they_left_them() -> None:
         await first.close()
         await process.close()
         _, second = await detached.attach("a")
-        assert [entry[2] for entry in (await second.call("process.list"))["processes"]] == [["forever"]]
+        assert [entry["args"] for entry in (await second.call("process.list"))["processes"]] == [["forever"]]
         await second.close()
         await detached.end("a")
 

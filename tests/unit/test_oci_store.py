@@ -21,13 +21,14 @@ import pytest
 
 from byre.errors import ByreError, ImageInvalid, MachineFailed, StorageFailed, ToolMissing
 from byre.oci import layers as layers_module
-from byre.oci import tarstream
+from byre.oci import tarstream, tree
 from byre.oci.layout import open_image
 from byre.oci.store import LayerImage, LayerProgress, LayerStore
 from examples.busybox_image import Layer, write_layout
 from tests import images
 
 from . import oci_oracle
+from .oci_tar import header
 
 pytestmark = pytest.mark.behaviour("B63")
 ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="mounting the images needs root")
@@ -73,6 +74,7 @@ def rich() -> bytes:
     layer.add("big", bytes(range(256)) * 5000)
     layer.add("bad\udcff\udcfe\\name", b"x")
     layer.add("new\nline/" + "n" * 255, b"x")
+    layer.add("plain/old", b"x")
     layer.add("deep/" * 700 + "file", b"x")
     layer.add("bad\udcfflink", kind=tarfile.LNKTYPE, target="bad\udcff\udcfe\\name")
     return layer.data()
@@ -178,7 +180,7 @@ def test_progress_is_told_and_cancels(tmp_path: Path) -> None:
     assert seen[-1].done >= 2 * seen[-1].total > 0
 
     def cancel(progress: LayerProgress) -> None:
-        if progress.done > progress.total:  # while it is converted
+        if progress.done > 2 * progress.total:  # while it is converted
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -221,7 +223,7 @@ def test_processes_and_threads_share_the_work(tmp_path: Path, monkeypatch: pytes
 
 def _killed(source: Path, store: Path) -> None:
     def die(progress: LayerProgress) -> None:
-        if progress.done > progress.total:
+        if progress.done > 2 * progress.total:
             os.kill(os.getpid(), signal.SIGKILL)
 
     prepare(source, store, die)
@@ -339,11 +341,16 @@ def test_rubbish_behind_the_archive_is_limited_too(tmp_path: Path, monkeypatch: 
 
 
 def test_many_entries(tmp_path: Path) -> None:
-    layer = Layer()
-    for number in range(100_000):
-        layer.add(f"{number % 100}/{number}")
-    (image,) = prepare(layout(tmp_path, layer.data()), tmp_path / "store")
+    tar = b"".join(header(b"%03d/%d" % (number // 100, number)) for number in range(100_000))
+    (image,) = prepare(layout(tmp_path, tar), tmp_path / "store")
     assert image.size < 8 << 20
+
+
+def test_many_entries_of_one_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tree, "MAX_DIRECTORY", 1000)
+    tar = b"".join(header(b"d/%d" % number) for number in range(1001))
+    assert len(prepare(layout(tmp_path, tar[512:], name="good"), tmp_path / "good-store")) == 1
+    _fails(layout(tmp_path, tar), tmp_path, ImageInvalid, "'d' of layer 1 has 1001 entries, over the limit")
 
 
 @pytest.mark.parametrize("name", ["/etc/passwd", "a/../../etc", "l/../../x"])
@@ -437,7 +444,7 @@ def _tars(source: Path, folder: Path) -> Sequence[Path]:
 
 
 def _compare(source: Path, tmp_path: Path) -> int:
-    """Mounted as an overlay, the images show what GNU tar unpacks; the times of directories depend on the unpacker."""
+    """Mounted as an overlay, the images show what GNU tar unpacks."""
     found = prepare(source, tmp_path / "store")
     unpacked = oci_oracle.describe(oci_oracle.unpack(_tars(source, tmp_path), tmp_path))
     with oci_oracle.mounted([image.path for image in found], tmp_path) as merged:
@@ -462,10 +469,10 @@ def test_odd_layers_are_what_gnu_tar_makes_of_them(tmp_path: Path) -> None:
     second, third = Layer(), Layer()
     second.add("d/.wh.setuid")
     second.add("d/capable", b"again")  # its other name keeps the old contents
-    second.add("new\nline/.wh..wh..opq")
-    second.add("new\nline/x", b"x")
+    second.add("plain/.wh..wh..opq")
+    second.add("plain/x", b"x")
     second.add("zeros", kind=tarfile.LNKTYPE, target="big")
     third.add("d/setuid", b"back")
-    third.add("newer", kind=tarfile.LNKTYPE, target="new\nline/x")
+    third.add("newer", kind=tarfile.LNKTYPE, target="plain/x")
     third.add("null", b"no device now")
     assert _compare(layout(tmp_path, rich(), second.data(), third.data()), tmp_path) > 20

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import struct
 import subprocess
 import tarfile
 import time
@@ -19,6 +18,8 @@ from byre.errors import ImageInvalid
 from byre.oci import tarstream
 from byre.oci.tarstream import Entry, TarReader
 from examples.busybox_image import Layer
+
+from .oci_tar import file, header, pax, sparse
 
 pytestmark = pytest.mark.behaviour("B63")
 END = bytes(1024)
@@ -41,40 +42,6 @@ def entries(data: bytes) -> list[Entry]:
 def contents(data: bytes, step: int = 1 << 20) -> dict[str, bytes]:
     reader = TarReader(Forward(data, step))
     return {entry.name: b"".join(reader.data()) for entry in reader if entry.kind == tarstream.FILE}
-
-
-def header(
-    name: bytes = b"file", kind: bytes = b"0", size: int | bytes = 0, *, target: bytes = b"", prefix: bytes = b""
-) -> bytes:
-    """One ustar header block, as bad as asked for, with the right checksum."""
-    number = size if isinstance(size, bytes) else b"%011o\0" % size
-    block = struct.pack(
-        "<100s8s8s8s12s12s8sc100s8s32s32s8s8s155s12x",
-        *(name, b"0000644\0", b"0000000\0", b"0000000\0", number, b"00000000000\0", b" " * 8, kind, target),
-        *(b"ustar\00000", b"", b"", b"0000000\0", b"0000000\0", prefix),
-    )
-    return block[:148] + b"%06o\0 " % sum(block) + block[156:]
-
-
-def pax(*records: tuple[bytes, bytes]) -> bytes:
-    """An extended header with these records."""
-    body = b"".join(_record(key, value) for key, value in records)
-    return header(b"pax", b"x", len(body)) + body + bytes(-len(body) % 512)
-
-
-def _record(key: bytes, value: bytes) -> bytes:
-    length = len(key) + len(value) + 3
-    while len(b"%d" % length) + len(key) + len(value) + 3 != length:
-        length = len(b"%d" % length) + len(key) + len(value) + 3
-    return b"%d %s=%s\n" % (length, key, value)
-
-
-def sparse(table: bytes) -> bytes:
-    return pax((b"GNU.sparse.map", table), (b"GNU.sparse.size", b"9"))
-
-
-def file(name: bytes = b"file", data: bytes = b"", **more: bytes) -> bytes:
-    return header(name, size=len(data), **more) + data + bytes(-len(data) % 512)
 
 
 # -- honest archives --------------------------------------------------------------------------------

@@ -31,7 +31,7 @@ def symlink(name: str, target: str) -> Entry:
 
 
 def apply(*layers: list[Entry]) -> dict[str, str]:
-    """What the last of `layers` is for overlayfs: path → kind, with the mode of a directory, and where data come from."""
+    """The last of `layers` for overlayfs: path → kind, a directory's mode, and where a file's data come from."""
     tree = Tree()
     for layer in layers:
         tree.apply(layer)
@@ -51,8 +51,10 @@ def apply(*layers: list[Entry]) -> dict[str, str]:
     return found
 
 
-BASE = [folder("d", 0o1777), entry("d/a"), entry("d/b"), symlink("s", "d"), symlink("abs", "/d/sub"), folder("d/sub", 0o700),
-        entry("d/sub/x"), entry("f")]  # fmt: skip
+BASE = [
+    *(folder("d", 0o1777), entry("d/a"), entry("d/b"), symlink("s", "d"), symlink("abs", "/d/sub")),
+    *(folder("d/sub", 0o700), entry("d/sub/x"), entry("f")),
+]
 
 
 def test_a_missing_parent_keeps_its_attributes_from_below() -> None:

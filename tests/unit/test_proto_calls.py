@@ -256,14 +256,14 @@ def test_an_answer_over_the_limit_becomes_an_error() -> None:
 
 
 @pytest.mark.parametrize("result", [{}, {"info": 1}, {"info": {}, "more": 1}, {"info": {"x": object()}}])
-def test_a_wrong_answer_is_refused_where_it_is_made_and_can_be_replaced(result: dict[str, Any]) -> None:
+def test_a_wrong_answer_becomes_an_error_so_that_the_caller_gets_a_verdict(result: dict[str, Any]) -> None:
     pair = Pair()
     call = pair.call()
-    with pytest.raises((InvalidRequest, LocalProtocolError)):
-        pair.second.session.reply(call, result)
-    pair.second.session.fail(call, ByreError("a bug"))
+    pair.second.session.reply(call, result)
     pair.exchange()
-    assert pair.first.take_one(events.ErrorReceived).call == call
+    error = pair.first.take_one(events.ErrorReceived).error
+    assert error.code == "internal"
+    assert "the answer to system.info is wrong" in error.message
 
 
 def test_arguments_that_are_not_utf8_pass_unchanged() -> None:

@@ -14,6 +14,7 @@ from byre_proto import limits
 from byre_proto.encoding import pack, text, unpack, unpack_fields
 from byre_proto.errors import printable
 from byre_proto.frames import LocalProtocolError, RemoteProtocolError
+from tests.fuzz.pair import unhurried
 
 values = st.recursive(
     st.none() | st.booleans() | st.integers(-(1 << 63), (1 << 64) - 1) | st.floats(allow_nan=False) | st.binary()
@@ -23,6 +24,7 @@ values = st.recursive(
 )  # fmt: skip
 
 
+@unhurried
 @given(values)
 def test_what_can_be_packed_comes_back(value: Any) -> None:
     try:
@@ -33,6 +35,7 @@ def test_what_can_be_packed_comes_back(value: Any) -> None:
     assert unpack(packed) == value
 
 
+@unhurried
 @given(st.binary(max_size=200))
 @example(b"\xdc\xff\xff" * 1000)
 @example(b"\xde\xff\xff\xa0" * 300)
@@ -122,12 +125,14 @@ def test_fields_are_of_just_the_kinds_that_were_asked_for() -> None:
             unpack_fields(pack(value), int, None)
 
 
+@unhurried
 @given(st.text(), st.integers(0, 50))
 def test_text_can_always_be_encoded(value: str, most: int) -> None:
     pack(text(value, most))
     pack(text(value + "\ud800", most))
 
 
+@unhurried
 @given(st.text(st.characters()))
 def test_printable_text_has_no_control_characters(value: str) -> None:
     assert all(c in "\n\t" or c.isprintable() for c in printable(value))

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from byre_proto import frames
 from byre_proto.frames import FrameBuffer, LocalProtocolError, RemoteProtocolError
+from tests.fuzz.pair import unhurried
 
 KINDS = sorted(frames.TYPES)
 
@@ -53,6 +54,7 @@ def test_every_type_whole_bytewise_and_with_trailing_data(kind: int, cut: int) -
         assert list(buffer.frames(data[-1:] + trailing)) == [one, (frames.PING, 0, bytes(8))]
 
 
+@unhurried
 @given(some_frames, st.lists(st.integers(0, 600)), st.sampled_from([bytes, bytearray, memoryview]))
 def test_any_cut_gives_the_same_frames(sent: list[tuple[int, int, bytes]], cuts: list[int], kind: type) -> None:
     data = b"".join(frames.encode(*frame) for frame in sent)
@@ -65,6 +67,7 @@ def test_any_cut_gives_the_same_frames(sent: list[tuple[int, int, bytes]], cuts:
     assert all(type(payload) is bytes for _, _, payload in got)
 
 
+@unhurried
 @given(st.binary(max_size=80), st.integers(1, 9))
 def test_arbitrary_bytes_give_frames_or_a_protocol_error(data: bytes, chunk: int) -> None:
     def run(chunk: int) -> tuple[list[tuple[int, int, bytes]], str]:

@@ -23,7 +23,7 @@ from byre_proto.connection import (
 )
 from byre_proto.encoding import pack
 from byre_proto.session import Session
-from tests.fuzz.pair import FIRST_NONCE, SECOND_NONCE, SESSION_ID, End, Pair
+from tests.fuzz.pair import FIRST_NONCE, SECOND_NONCE, SESSION_ID, End, Pair, unhurried
 
 OTHER_NONCE = b"o" * 16
 ZEROS = bytes(16)
@@ -61,6 +61,7 @@ def test_the_opening_of_either_side_may_be_lost() -> None:
         assert pair.second.connection.connected
 
 
+@unhurried
 @given(st.binary(max_size=300), st.binary(max_size=300), st.integers(0, 50))
 def test_noise_before_the_preface_is_thrown_away(before_first: bytes, before_second: bytes, chunk: int) -> None:
     pair = Pair(chunk=chunk, handshake=False)
@@ -125,6 +126,8 @@ def test_zeros_are_nobodys_nonce() -> None:
     side.output()
     side.feed(preface(ZEROS, FIRST_NONCE))
     assert side.output() == b""
+    side.feed(preface(SECOND_NONCE, FIRST_NONCE))
+    assert side.output().startswith(preface(FIRST_NONCE, SECOND_NONCE))
 
 
 def test_a_preface_with_a_wrong_checksum_is_noise() -> None:

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from byre_proto import messages
 from byre_proto.errors import BY_CODE, ByreError, InvalidRequest, NotSupported, from_wire, to_wire
+from tests.fuzz.pair import unhurried
 
 TABLES = [(n, t) for n, (a, r) in messages.METHODS.items() for t in (a, r)] + list(messages.EVENTS.items())
 
@@ -58,6 +59,7 @@ def test_kinds(value: object, kind: str, fit: bool) -> None:
     assert messages.fits(value, kind) is fit
 
 
+@unhurried
 @given(st.sampled_from(sorted(messages.METHODS)), st.dictionaries(st.text(), st.none() | st.integers() | st.text()))
 def test_any_arguments_give_checked_ones_or_an_invalid_request(method: str, given_: dict[str, Any]) -> None:
     for check in (messages.check_arguments, messages.check_result):

@@ -9,8 +9,10 @@ from hypothesis import strategies as st
 from byre_proto.frames import RemoteProtocolError
 from byre_proto.limits import FRAME_OVERHEAD, MAX_REPLAY
 from byre_proto.replay import Replay
+from tests.fuzz.pair import unhurried
 
 
+@unhurried
 @given(st.integers(0, 30), st.data())
 def test_what_is_not_acknowledged_is_sent_again_in_order(count: int, data: st.DataObject) -> None:
     replay = Replay()

@@ -10,8 +10,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from byre_proto import events, frames, limits
 from byre_proto.connection import Connection, SessionLost
+from byre_proto.errors import ResourceExhausted
 from byre_proto.session import Session
-from tests.fuzz.pair import RESUMABLE, End, Pair
+from tests.fuzz.pair import RESUMABLE, End, Pair, unhurried
 
 
 def reconnect(pair: Pair, *, fresh: str = "") -> Pair:
@@ -182,7 +183,7 @@ class Cuts(RuleBasedStateMachine):
         assert (self.heard, self.answers, len(self.exits)) == (self.asked, self.answered, self.told)
 
 
-Cuts.TestCase.settings = settings(max_examples=40, stateful_step_count=30, deadline=None)
+Cuts.TestCase.settings = settings(unhurried, max_examples=40, stateful_step_count=30)
 TestCuts = Cuts.TestCase
 
 
@@ -279,6 +280,7 @@ def test_what_is_sent_again_respects_how_much_is_taken_at_once() -> None:
     assert sum(map(len, taken)) < 30_000
 
 
+@unhurried
 @given(st.integers(0, 5))
 def test_many_reconnections_in_a_row(times: int) -> None:
     pair = Pair(capabilities=RESUMABLE)
@@ -309,6 +311,20 @@ def test_logs_pings_and_held_frames_survive_too() -> None:
     pair.exchange()
     assert pair.second.take()[-1] == events.DataReceived(stdin, b"early")
     assert pair.first.take()[1] == events.ReplyReceived(call, {"process": 1, "pid": 1})
+
+
+def test_a_session_whose_peer_did_not_read_goes_on_when_it_reads_again() -> None:
+    pair = Pair(capabilities=RESUMABLE)
+    told = 0
+    while not pair.second.session.outbox.choked:
+        pair.second.session.event("vm.exit", {"reason": "x" * 5000})
+        told += 1
+    pair.second.output()
+    assert isinstance(pair.second.closed(), ResourceExhausted)
+    pair = reconnect(pair)
+    pair.exchange()
+    assert [type(e) for e in pair.first.take()].count(events.EventReceived) == told
+    assert pair.second.connection.connected
 
 
 def test_a_session_belongs_to_one_side() -> None:

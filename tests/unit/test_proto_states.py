@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from byre_proto import events, frames
 from byre_proto.errors import ByreError
-from tests.fuzz.pair import Pair
+from tests.fuzz.pair import Pair, unhurried
 from tests.fuzz.worlds import STATES, WHAT, World
 
 
@@ -27,7 +27,7 @@ class DrawnSource:
         return self._data.draw(st.binary(min_size=size, max_size=size))
 
 
-@settings(max_examples=300, deadline=None)
+@settings(unhurried, max_examples=300)
 @given(st.data())
 def test_no_pair_of_state_and_input_does_the_undocumented(data: st.DataObject) -> None:
     world = World(DrawnSource(data))
@@ -38,7 +38,7 @@ def test_no_pair_of_state_and_input_does_the_undocumented(data: st.DataObject) -
     world.finish()
 
 
-@settings(max_examples=200, deadline=None)
+@settings(unhurried, max_examples=200)
 @given(st.lists(st.binary(max_size=100), max_size=10), st.booleans())
 def test_arbitrary_bytes_close_an_open_connection_or_do_nothing(pieces: list[bytes], reverse: bool) -> None:
     pair = Pair()
@@ -50,7 +50,7 @@ def test_arbitrary_bytes_close_an_open_connection_or_do_nothing(pieces: list[byt
     assert all(isinstance(e.error, ByreError) for e in closed)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(unhurried, max_examples=100)
 @given(st.data())
 def test_one_flipped_bit_of_an_honest_peer_is_an_event_or_a_close(data: st.DataObject) -> None:
     pair = Pair()

@@ -191,6 +191,24 @@ def test_a_reader_may_consume_late_after_it_stopped() -> None:
     assert pair.second.connection.connected
 
 
+@pytest.mark.parametrize("ended", [False, True])
+def test_stop_gives_up_what_is_unread_and_its_room(ended: bool) -> None:
+    pair = Pair()
+    free = pair.second.session._pool.free
+    number = pair.first.session.new_stream(sending=True, receiving=False)
+    pair.second.session.accept_stream(number, sending=False, receiving=True)
+    pour(pair.first, pair.second, pair, number, limits.MAX_WINDOW)
+    pair.first.session.send(number, b"unread")
+    if ended:
+        pair.first.session.send_eof(number)
+    pair.exchange()
+    pair.second.session.stop(number)
+    assert pair.second.session.streams == {}
+    assert pair.second.session._pool.free == free
+    pair.exchange()
+    assert pair.first.session.streams == {}
+
+
 def test_bytes_before_eof_may_be_read_long_after_it() -> None:
     pair = Pair()
     number = pair.first.session.new_stream(sending=True, receiving=False)
@@ -416,6 +434,10 @@ def test_a_frame_on_a_stream_that_has_ended_is_dropped(kind: int) -> None:
         (frames.encode(frames.DATA, 1, b""), "without data"),
         (frames.encode(frames.DATA, 1, bytes(limits.INITIAL_WINDOW + 1)), "with credit for 16384"),
         (frames.encode_integer(frames.EOF, 1, 1), "ends after 1 bytes, 0 arrived"),
+        (
+            frames.encode(frames.DATA, 1, b"xy") + frames.encode_integer(frames.EOF, 1, 1),
+            "after 1 bytes, 2 arrived",
+        ),
         (frames.encode_integer(frames.WINDOW, 1, 0), "credit of 0 bytes"),
         (frames.encode_integer(frames.WINDOW, 1, limits.MAX_WINDOW), "makes a window of"),
         (frames.encode_integer(frames.WINDOW, 1, (1 << 32) - 1), "makes a window of"),

@@ -10,6 +10,7 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, rule
 from byre_proto.frames import RemoteProtocolError
 from byre_proto.limits import INITIAL_WINDOW, MAX_WINDOW, WINDOW_POOL
 from byre_proto.windows import ReceiveWindow, SendWindow, WindowPool
+from tests.fuzz.pair import unhurried
 
 
 class Windows(RuleBasedStateMachine):
@@ -72,7 +73,7 @@ class Windows(RuleBasedStateMachine):
                 assert stream["send"].credit > 0
 
 
-Windows.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+Windows.TestCase.settings = settings(unhurried, max_examples=60, stateful_step_count=40)
 TestWindows = Windows.TestCase
 
 
@@ -110,6 +111,7 @@ def test_a_window_grows_to_the_largest_and_no_further() -> None:
     assert pool.free == WINDOW_POOL
 
 
+@unhurried
 @given(st.integers(1, 200))
 def test_those_that_came_first_always_leave_something(count: int) -> None:
     pool = WindowPool()

@@ -131,10 +131,12 @@ async def test_output_is_ours_where_nothing_is_said(host: MemoryHost, capfdbinar
 
 async def test_input_comes_from_a_descriptor(host: MemoryHost) -> None:
     reading, writing = os.pipe()
-    with open(reading, "rb") as source:
-        os.write(writing, b"through a pipe")
-        os.close(writing)
-        assert (await host.run(["cat"], stdin=source, stdout=PIPE)).stdout == b"through a pipe"
+    os.write(writing, b"through a pipe")
+    os.close(writing)
+    try:
+        assert (await host.run(["cat"], stdin=reading, stdout=PIPE)).stdout == b"through a pipe"
+    finally:
+        os.close(reading)
 
 
 async def test_input_that_is_not_read_is_no_error(host: MemoryHost) -> None:
@@ -211,6 +213,7 @@ async def test_cancellation_kills_the_tree_and_says_whether_it_had_run(host: Mem
     async with asyncio.timeout(SOON):
         while not host.guest.processes:
             await host.bridge.ping(SOON)
+        await host.bridge.ping(SOON)  # the answer is here as well
     task.cancel()
     with pytest.raises(asyncio.CancelledError) as caught:
         await asyncio.wait_for(task, SOON)

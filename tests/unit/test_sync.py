@@ -51,7 +51,7 @@ def test_run(host: Host) -> None:
     with pytest.raises(errors.ProgramNotFound):
         host.run(["nope"])
     with pytest.raises(errors.CommandFailed):
-        host.run(["cat"], check=True)
+        host.run(["cat"], input=b"", check=True)
 
 
 def test_streams_are_files(host: Host) -> None:
@@ -60,6 +60,8 @@ def test_streams_are_files(host: Host) -> None:
         stdin, stdout, stderr = process.stdio
         assert process.stdio.stdout is stdout, "each has a buffer, so there is one"
         assert stderr is None
+        assert stdin is not None
+        assert stdout is not None
         stdin.write(b"one\ntwo\n")
         stdin.flush()
         assert stdout.readline() == b"one\n"

@@ -72,7 +72,7 @@ def logs(arguments: argparse.Namespace) -> int:
 
 async def _logs(arguments: argparse.Namespace) -> int:
     async with await UtilityVM.attach(arguments.vm_name) as vm:
-        found = await vm.bridge.call("container.log", container=arguments.containers)
+        found = await vm.bridge.call("container.log", container=arguments.container)
     if found["dropped"]:
         say(f"{found['dropped']} bytes before this were dropped")
     view = memoryview(found["data"])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import signal
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import TYPE_CHECKING, Any, cast
@@ -96,6 +97,9 @@ class Signals:
 def run(command: Callable[[Signals], Coroutine[Any, Any, int]]) -> int:
     """Run the coroutine of a command, with our signals handled from its first step to its last."""
 
+    # What the library logs is the guest's, or meant for programs: a command says what matters itself.
+    logging.getLogger("byre").addHandler(logging.NullHandler())
+
     async def main() -> int:
         signals = Signals()
         signals.install()
@@ -163,8 +167,9 @@ async def _wait(
     process: GuestProcess, kill: Callable[[], Awaitable[object]], timeout: float | None
 ) -> tuple[ExitStatus, bool]:
     """Its status, and whether it took our kill to end it."""
+    limit = asyncio.timeout(timeout)
     try:
-        async with asyncio.timeout(timeout) as limit:
+        async with limit:
             return await process.wait(), False
     except TimeoutError:
         if not limit.expired():

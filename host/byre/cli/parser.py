@@ -10,7 +10,7 @@ import sys
 
 TYPE_CHECKING = False  # the typing module is not needed to print a version
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from typing import NoReturn
 
 DEFAULT_VM = "default"  # as byre.rundir has it; a test compares them
@@ -191,8 +191,7 @@ def _down(parser: Parser) -> None:
     )
 
 
-def _containers(add: object) -> None:
-    assert callable(add)
+def _containers(add: Callable[[str, str, str], Parser]) -> None:
     for name, text in (
         ("stop", "Stop containers: their stop signal, and SIGKILL after a time."),
         ("rm", "Delete containers that have ended."),
@@ -206,8 +205,10 @@ def _containers(add: object) -> None:
             )
         if name == "rm":
             parser.add_argument("-f", "--force", action="store_true", help="kill those that run")
-        many = {} if name == "logs" else {"nargs": "+"}
-        parser.add_argument("containers", metavar="CONTAINER", **many)
+        if name == "logs":
+            parser.add_argument("container", metavar="CONTAINER")
+        else:
+            parser.add_argument("containers", metavar="CONTAINER", nargs="+")
 
 
 def _image(parser: Parser) -> None:

@@ -10,7 +10,6 @@
 from __future__ import annotations
 
 import sys
-import traceback
 
 from byre_proto.errors import ByreError, ProgramNotExecutable, ProgramNotFound, printable
 
@@ -33,6 +32,8 @@ def status_of(error: BaseException) -> int:
 def report(error: Exception, *, debug: bool = False) -> int:
     """Say on stderr what went wrong and what to do next; returns the exit status."""
     if debug:
+        import traceback
+
         traceback.print_exception(error)
     if isinstance(error, ByreError):
         message, hint = error.message or error.code, error.hint

@@ -60,7 +60,7 @@ def choose_accelerator(wanted: str) -> Accelerator:
 
 @functools.cache
 def _say_once(problem: str) -> None:
-    logger.info("= no KVM, so guests are emulated, 10 to 20 times slower: %s", problem)
+    logger.info("= no KVM, so guests are emulated, which is slow: %s", problem)
 
 
 def kvm_problem() -> str | None:

@@ -22,18 +22,24 @@ if TYPE_CHECKING:
 
 QEMU = "qemu-system-x86_64"
 
-#: Translated code under emulation, in MiB.  32 costs 5 % of a boot, 128 gains nothing; the default is a quarter
-#: of the guest's memory and more, for each machine.
+#: Translated code under emulation, in MiB.  32 costs 5 % of a boot, 128 gains nothing; the default takes up
+#: to 1 GiB of the host's memory for each machine.
 _TB_SIZE_MIB = 64
 
 _SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
 
-#: No guest is on its own clocks alone: microvm needs rtc, pit and pic when the CPU is emulated (see `clock`).
+#: Without rtc, pit and pic an emulated microvm hangs at boot, calibrating its clocks (see `clock`).
 _MICROVM = "microvm,rtc=on,pit=on,pic=on"
+#: It has no PCI, and a kernel that looks for it complains on the console at each boot.
+_KERNEL_MICROVM = ("pci=off",)
 
 #: quiet: the emulated serial line is slow.  panic=-1 with -no-reboot: a panic ends the machine at once, its text
 #: being on the console.  reboot=t: by triple fault, which every machine type understands.
 _KERNEL = ("console=ttyS0", "quiet", "panic=-1", "reboot=t", "root=/dev/vda", "ro")
+
+#: For a counter whose rate is known.  The kernel's watchdog compares it with timer interrupts, of which a busy host
+#: delivers too few; it then takes the counter for broken and counts those interrupts instead, and time runs slow.
+_KERNEL_EMULATED = ("tsc=reliable",)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +48,7 @@ class Choices:
 
     accelerator: str
     machine: str
-    #: The host's counter, for a machine that has nothing to calibrate against; None: it has.
+    #: The rate of the host's counter, for an emulated guest; None: the guest has to find out (never on microvm).
     tsc_khz: int | None = None
 
     @property
@@ -59,20 +65,21 @@ def choose_machine(wanted: str, accelerator: str, tsc_khz: int | None) -> tuple[
             wanted, reason = "microvm", "it boots fastest"
         else:
             wanted, reason = "pc", "the host's time-stamp counter could not be measured"
-    emulated_microvm = wanted == "microvm" and accelerator == "tcg"
-    if emulated_microvm and tsc_khz is None:
+    if wanted == "microvm" and accelerator == "tcg" and tsc_khz is None:
         raise InvalidRequest(
             "an emulated microvm needs the rate of the host's time-stamp counter, and it could not be measured",
             hint="use machine 'auto' or 'pc'",
         )
-    return Choices(accelerator=accelerator, machine=wanted, tsc_khz=tsc_khz if emulated_microvm else None), reason
+    return Choices(
+        accelerator=accelerator, machine=wanted, tsc_khz=tsc_khz if accelerator == "tcg" else None
+    ), reason
 
 
 def kernel_command_line(config: MachineConfig, choices: Choices, channel: str) -> str:
     """What the guest's kernel is told."""
-    words = [*_KERNEL, channel]
+    words = [*_KERNEL, channel, *(_KERNEL_MICROVM if choices.machine == "microvm" else ())]
     if choices.tsc_khz is not None:
-        words.append(f"tsc_early_khz={choices.tsc_khz}")
+        words += [f"tsc_early_khz={choices.tsc_khz}", *_KERNEL_EMULATED]
     line = " ".join((*words, *config.kernel_arguments))
     if len(line.encode()) >= MAX_COMMAND_LINE:
         raise InvalidRequest(f"the kernel's command line is longer than {MAX_COMMAND_LINE - 1} bytes")

@@ -75,12 +75,9 @@ class DiskTable:
         place = next((p for p in self._places.values() if p.disk is disk), None)
         if place is None or not place.plugged:
             raise InvalidRequest(f"the disk {disk.path} is not attached")
-        if place.references > 1:
-            place.references -= 1
-            return
         try:
             async with place.lock:
-                if place.references == 1:  # nobody asked for it while this waited
+                if place.references == 1:  # nobody else wants it, or came to want it while this waited
                     await self._remove(place)
         finally:
             self._let_go(place)

@@ -7,6 +7,7 @@ Source: OCI image-spec v1.1 `image-layout.md`, `image-index.md`, `manifest.md`; 
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 from collections.abc import Iterator
@@ -97,7 +98,9 @@ def _exists(path: Path) -> bool:
     try:
         return path.is_dir() or path.is_file()
     except OSError as error:
-        raise ImageNotFound(f"{path} cannot be read: {error.strerror}") from error
+        if error.errno == errno.ENAMETOOLONG:
+            return False
+        raise ImageNotFound(f"{path} cannot be read: {error.strerror}", hint="look at its permissions") from error
 
 
 # -- OCI ---------------------------------------------------------------------------------------------------
@@ -135,39 +138,34 @@ def _tag(descriptor: dict[str, Any]) -> str:
 
 
 def _tagged(entries: list[dict[str, Any]], reference: str, tag: str) -> list[dict[str, Any]]:
-    """The descriptors that `tag` names: those of one image, which may be there for several platforms."""
-    tags = sorted({_tag(d) for d in entries} - {""})
-    listed = "its tags are " + ", ".join(show(name) for name in tags) if tags else "it has no tags"
+    """The descriptors that `tag` names, or all of them."""
+    found = entries
     if tag:
-        entries = [d for d in entries if _tag(d) == tag] or [d for d in entries if _tag(d).endswith(":" + tag)]
-        if not entries:
-            raise ImageNotFound(
-                f"the image layout has no tag {show(tag)}", hint=listed, tags=tags, reference=reference
-            )
-    if not entries:
+        found = [d for d in entries if _tag(d) == tag] or [d for d in entries if _tag(d).endswith(":" + tag)]
+        if not found:
+            tags, listed = _tags(entries)
+            raise ImageNotFound(f"the layout has no tag {show(tag)}", hint=listed, tags=tags, reference=reference)
+    if not found:
         raise ImageNotFound("the image layout is empty", hint=_FETCH, reference=reference)
-    if len({_tag(d) for d in entries}) > 1 and len({d.get("digest") for d in entries}) > 1:
-        raise ImageNotFound(
-            "the layout has several images", hint=f"add :TAG; {listed}", tags=tags, reference=reference
-        )
-    return entries
+    return found
+
+
+def _tags(entries: list[dict[str, Any]]) -> tuple[list[str], str]:
+    tags = sorted({_tag(d) for d in entries} - {""})
+    return tags, "its tags are " + ", ".join(show(name) for name in tags) if tags else "it has no tags"
 
 
 def _platform(entries: list[dict[str, Any]], reference: str) -> dict[str, Any]:
-    """The one descriptor for the guest's platform; one that names no platform is judged by its
-    configuration."""
+    """The one descriptor for the guest's platform; one that names no platform is judged by its configuration."""
     names = [_platform_name(d) for d in entries]
-    fitting = [d for d, name in zip(entries, names, strict=True) if name in ("", f"{OS}/{ARCHITECTURE}")]
+    fitting = [d for d, name in zip(entries, names, strict=True) if name == f"{OS}/{ARCHITECTURE}"]
+    fitting = fitting or [d for d, name in zip(entries, names, strict=True) if not name]
     if not fitting:
         raise _no_platform(sorted(set(names)), reference)
-    if len({d.get("digest") for d in fitting}) > 1:
-        exact = [d for d in fitting if _platform_name(d)]
-        if len({d.get("digest") for d in exact}) != 1:
-            raise ImageNotFound(
-                "the layout has several images that no tag tells apart",
-                hint="copy the one you mean into a layout of its own with skopeo copy",
-            )
-        fitting = exact
+    if len({d["digest"] for d in fitting}) > 1:
+        tags, listed = _tags(fitting)
+        hint = f"add :TAG; {listed}" if tags else "copy the one you mean into a layout of its own with skopeo copy"
+        raise ImageNotFound("the layout has several images", hint=hint, tags=tags, reference=reference)
     return fitting[0]
 
 

@@ -115,23 +115,19 @@ def build_spec(
     no_new_privileges: bool = True,
     read_only: bool = False,
     mounts: Sequence[Mapping[str, Any]] = (),
-    volumes: Sequence[str] = (),
     rlimits: Mapping[str, tuple[int, int]] | None = None,
     sysctl: Mapping[str, str] | None = None,
-    oom_score_adj: int = 0,
-    cgroups_path: str = "",
-    rootfs: str = "rootfs",
     seccomp: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """config.json of one container.
 
     `args` take the place of the image's Cmd, `entrypoint` that of its Entrypoint and Cmd; `env` is added to the
     image's.  `capabilities` None: podman's default, or all where `privileged`, which also unmasks and uses no
-    `seccomp`.  `volumes` are added to the image's: each a tmpfs that begins with what the image has there.
-    `mounts` are OCI mounts and come last.  -1 for a limit is none.  Raises InvalidRequest.
+    `seccomp`.  An image's volume is a tmpfs that begins with what the image has there; `mounts` are OCI mounts and
+    come last.  -1 for a limit is none.  Raises InvalidRequest.
 
-    The process's user is root here; `effective_user` goes to the agent, which resolves it inside the container and
-    takes the capabilities from one that is not root.
+    Root's path and the cgroup are the agent's to set.  The user is root here; `effective_user` goes to the agent,
+    which resolves it inside the container.  From one that is not root, execve(2) takes the capabilities.
     """
     config = config or ImageConfig(architecture="amd64", os="linux")
     if capabilities is None:
@@ -145,61 +141,28 @@ def build_spec(
         "capabilities": _capability_sets(capabilities),
         "rlimits": _rlimits(DEFAULT_RLIMITS if rlimits is None else {**DEFAULT_RLIMITS, **rlimits}),
         "noNewPrivileges": no_new_privileges,
-        "oomScoreAdj": oom_score_adj,
     }
     linux: dict[str, Any] = {
         "namespaces": [{"type": kind} for kind in _NAMESPACES],
         "resources": _resources(memory_bytes, cpus, pids_limit, privileged),
         "sysctl": {"net.ipv4.ping_group_range": "0 0", **(sysctl or {})},
     }
-    if cgroups_path:
-        linux["cgroupsPath"] = cgroups_path
     if not privileged:
         linux |= {"maskedPaths": list(_MASKED), "readonlyPaths": list(_READ_ONLY)}
         if seccomp is not None:
             linux["seccomp"] = dict(seccomp)
-    tmpfs = sorted({_absolute(path, "the volume") for path in (*config.volumes, *volumes)})
     return {
         "ociVersion": OCI_VERSION,
-        "root": {"path": rootfs, "readonly": read_only},
+        "root": {"path": "rootfs", "readonly": read_only},
         "hostname": hostname,
         "process": process,
-        "mounts": [*_mounts(privileged), *(_volume(path) for path in tmpfs), *(dict(mount) for mount in mounts)],
+        "mounts": [
+            *_mounts(privileged),
+            *(_volume(path) for path in config.volumes),
+            *(dict(mount) for mount in mounts),
+        ],
         "linux": linux,
     }
-
-
-def process_spec(
-    container: Mapping[str, Any],
-    *,
-    args: Sequence[str],
-    env: Mapping[str, str] | None = None,
-    cwd: str = "",
-    terminal: bool = False,
-    capabilities: Collection[str] | None = None,
-    rlimits: Mapping[str, tuple[int, int]] | None = None,
-    additional_gids: Sequence[int] = (),
-    no_new_privileges: bool | None = None,
-) -> dict[str, Any]:
-    """An OCI `process` object for an exec: the `container`'s own one (`spec["process"]`) with what is given here.
-
-    `env` None keeps the container's; otherwise it is the whole environment.  Raises InvalidRequest.
-    """
-    process = {**container, "args": _arguments(args), "terminal": terminal}
-    process["user"] = {"uid": 0, "gid": 0, "additionalGids": list(additional_gids)}
-    if env is not None:
-        process["env"] = [f"{name}={value}" for name, value in env.items()]
-    if terminal and not any(pair.startswith("TERM=") for pair in process.get("env", ())):
-        process["env"] = [*process.get("env", ()), "TERM=xterm"]
-    if cwd:
-        process["cwd"] = _absolute(cwd, "the working directory")
-    if capabilities is not None:
-        process["capabilities"] = _capability_sets(capabilities)
-    if rlimits:
-        process["rlimits"] = _rlimits({**_given_rlimits(process), **rlimits})
-    if no_new_privileges is not None:
-        process["noNewPrivileges"] = no_new_privileges
-    return process
 
 
 def effective_user(config: ImageConfig | None, user: str) -> str:
@@ -220,6 +183,8 @@ def _command(config: ImageConfig, args: Sequence[str] | None, entrypoint: Sequen
     """Docker's rules: a new entrypoint forgets the image's Cmd, for that was meant for the image's own."""
     first = entrypoint if entrypoint is not None else config.entrypoint
     rest = args if args is not None else (config.cmd if entrypoint is None else None)
+    if isinstance(first, str) or isinstance(rest, str):
+        raise InvalidRequest("a command is a sequence of strings, not one string")
     command = [*(first or ()), *(rest or ())]
     if not command:
         raise InvalidRequest("there is no command to run: the image has none", hint="give one after the image")
@@ -228,7 +193,7 @@ def _command(config: ImageConfig, args: Sequence[str] | None, entrypoint: Sequen
 
 def _arguments(args: Sequence[str]) -> list[str]:
     if isinstance(args, str) or not args or not args[0]:
-        raise InvalidRequest("a command is a sequence of strings whose first names the program")
+        raise InvalidRequest("a command is a sequence of strings, of which the first names the program")
     if any("\0" in arg for arg in args):
         raise InvalidRequest("an argument holds a NUL byte")
     return list(args)
@@ -270,10 +235,6 @@ def _rlimits(limits: Mapping[str, tuple[int, int]]) -> list[dict[str, Any]]:
         {"type": name, "soft": soft if soft >= 0 else _UNLIMITED, "hard": hard if hard >= 0 else _UNLIMITED}
         for name, (soft, hard) in sorted(limits.items())
     ]
-
-
-def _given_rlimits(process: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
-    return {limit["type"]: (limit["soft"], limit["hard"]) for limit in process.get("rlimits", ())}
 
 
 def _resources(memory: int | None, cpus: float | None, pids: int, privileged: bool) -> dict[str, Any]:

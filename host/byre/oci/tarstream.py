@@ -365,12 +365,7 @@ def check(entry: Entry) -> None:
         raise ImageInvalid(f"{entry.label} leaves the archive by '..'")
     if not name or "\0" in name or "\0" in entry.target:
         raise ImageInvalid(f"{entry.label} is an empty name, or has a NUL in its name or target")
-    lengths = (
-        max(len(part.encode(*_TEXT)) for part in parts),
-        len(name.encode(*_TEXT)),
-        len(entry.target.encode(*_TEXT)),
-    )
-    if lengths[0] > MAX_NAME or max(lengths[1:]) > MAX_PATH:
+    if not _fits(name, entry.target):
         raise ImageInvalid(
             f"{entry.label} is longer than a name of {MAX_NAME} or a path of {MAX_PATH} bytes may be"
         )
@@ -383,6 +378,14 @@ def check(entry: Entry) -> None:
     for key, value in entry.xattrs:
         if not 0 < len(key.encode(*_TEXT)) <= MAX_NAME or "\0" in key or len(value) > MAX_XATTR:
             raise ImageInvalid(f"{entry.label} has the extended attribute {printable(show(key))}, too long")
+
+
+def _fits(name: str, target: str) -> bool:
+    if len(name) + len(target) <= MAX_NAME // 4:  # a character is at most four bytes
+        return True
+    whole = name.encode(*_TEXT)
+    parts = max(len(part) for part in whole.split(b"/"))
+    return parts <= MAX_NAME and len(whole) <= MAX_PATH and len(target.encode(*_TEXT)) <= MAX_PATH
 
 
 def _zeros(count: int) -> Iterator[bytes]:

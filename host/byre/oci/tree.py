@@ -27,7 +27,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from byre.errors import ImageInvalid
-from byre.oci.tarstream import CHAR, DIRECTORY, FILE, LINK, SYMLINK, Entry
+from byre.oci.tarstream import CHAR, DIRECTORY, FILE, LINK, SYMLINK, Entry, show
 
 WHITEOUT_PREFIX = ".wh."
 OPAQUE = ".wh..wh..opq"
@@ -36,6 +36,9 @@ OPAQUE_XATTR = ("trusted.overlay.opaque", b"y")
 MAX_LINKS = 40
 #: Path components that the symbolic links of one layer may add: ends a layer made to burn time.
 MAX_LINK_STEPS = 20_000_000
+#: Entries of one directory in one layer: tar2sqfs searches a directory from its beginning for each of them, so this
+#: many take a minute or two, and ten times as many hours.
+MAX_DIRECTORY = 100_000
 #: squashfs knows these namespaces of extended attributes; ACLs (system.) it cannot hold.
 _XATTRS = ("user.", "trusted.", "security.")
 #: overlayfs takes these for its own; a layer that brings them could redirect a directory.
@@ -255,11 +258,11 @@ class Tree:
             inside = f"{path}/" if path else ""
             for name in sorted(set(self._removed.get(node, ())) - set(node.children)):
                 yield Item(Entry(inside + name, CHAR, 0, 0, 0, 0, 0, "", (0, 0), ()), (-1, -1))
-            todo.extend(
-                (inside + name, child)
-                for name, child in sorted(node.children.items(), reverse=True)
-                if child.touched == self._layer
-            )
+            own = [(inside + name, c) for name, c in sorted(node.children.items()) if c.touched == self._layer]
+            if len(own) > MAX_DIRECTORY:
+                where = f"{show(path or '/')} of layer {self._layer + 1}"
+                raise ImageInvalid(f"{where} has {len(own)} entries, over the limit of {MAX_DIRECTORY}")
+            todo.extend(reversed(own))
 
     def _item(self, path: str, node: Node, first: dict[Node, str]) -> Item:
         entry = node.entry._replace(name=path)

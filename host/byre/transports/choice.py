@@ -25,7 +25,7 @@ def choose_transport(wanted: str, accelerator: str) -> tuple[Transport, str]:
             )
         return kind(), "it was asked for"
     if accelerator != "kvm":
-        return VirtioSerial(), "vsock gains nothing for an emulated guest"
+        return VirtioSerial(), "vsock is for guests under KVM"
     problem = Vsock.unavailable()
     if problem is not None:
         return VirtioSerial(), f"vsock cannot be used: {problem}"

@@ -1,0 +1,109 @@
+"""What can be typed, and what it becomes."""
+
+from __future__ import annotations
+
+import pytest
+
+from byre import rundir
+from byre.cli import parser
+from byre.cli.parser import parse
+
+
+def test_options_end_where_the_image_begins() -> None:
+    arguments = parse(["run", "-it", "-e", "A=1", "oci:x", "-it", "--", "sh", "-c"])
+    assert (arguments.target, arguments.command_line) == ("oci:x", ["-it", "--", "sh", "-c"])
+    assert arguments.interactive and arguments.tty and arguments.env == ["A=1"]
+
+
+@pytest.mark.parametrize(
+    ("line", "target", "command"),
+    [
+        ("run oci:x", "oci:x", []),
+        ("run oci:x -- -v", "oci:x", ["-v"]),
+        ("run -- oci:x uname -a", "oci:x", ["uname", "-a"]),
+        ("run --vm -- uname -a", "", ["uname", "-a"]),
+        ("run --vm uname --vm", "", ["uname", "--vm"]),
+        ("run oci:x a -- b", "oci:x", ["a", "--", "b"]),
+        ("exec web -- ls -l", "web", ["ls", "-l"]),
+        ("exec --in other web ls -l", "web", ["ls", "-l"]),
+        ("exec --vm -- ls", "", ["ls"]),
+    ],
+)
+def test_image_or_container_and_command_are_told_apart(line: str, target: str, command: list[str]) -> None:
+    arguments = parse(line.split())
+    assert (arguments.target, arguments.command_line) == (target, command)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "",
+        "nonsense",
+        "run",
+        "run --vm",
+        "run --vm --",
+        "run --no-such-flag oci:x",
+        "run --priv oci:x",  # no abbreviations: a flag that comes later must not change what this means
+        "run --fresh --in a oci:x",
+        "run --fresh -d oci:x",
+        "run -d -it oci:x",
+        "run -d --timeout 1 oci:x",
+        "run --vm -d true",
+        "run --vm --rm true",
+        "run --vm --cap-add ALL true",
+        "run -m none oci:x",
+        "run --cpus 0 oci:x",
+        "run --timeout nan oci:x",
+        "exec web",
+        "exec",
+        "stop",
+        "logs",
+        "image",
+        "image export",
+        "up a b",
+        "up --machine vax",
+    ],
+)
+def test_usage_errors_exit_with_2_and_a_hint(line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        parse(line.split())
+    assert caught.value.code == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("byre: error: ") and "\nhint: byre" in err
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("1", 1), ("512m", 512 << 20), ("2G", 2 << 30), ("3k", 3 << 10), ("7b", 7), ("1t", 1 << 40)],
+)
+def test_sizes(text: str, size: int) -> None:
+    assert parser.size(text) == size
+
+
+def test_flags_stand_before_and_after_the_command() -> None:
+    assert parse(["-v", "ps"]).verbose and parse(["ps", "-v"]).verbose and not parse(["ps"]).verbose
+    assert parse(["--debug", "image", "ls"]).debug
+
+
+def test_help_states_which_vm_is_used_and_the_exit_statuses(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        parse(["run", "--help"])
+    assert caught.value.code == 0
+    text = capsys.readouterr().out
+    for word in ('"default" while it is up', "124", "125", "126", "127", "128+n", "Ctrl-C", "SIGHUP"):
+        assert word in text
+
+
+def test_every_command_leads_to_a_function() -> None:
+    from importlib import import_module
+
+    lines = ["run oci:x", "exec --vm a", "shell", "up", "down", "ps", "stop a", "rm a", "logs a", "doctor"]
+    lines += ["image build", "image ls", "image verify", "image export f", "image import f"]
+    for line in lines:
+        module, function = parse(line.split()).command.split(":")
+        assert callable(getattr(import_module(f"byre.cli.{module}"), function)), line
+
+
+def test_the_default_vm_is_the_run_directorys() -> None:
+    assert parser.DEFAULT_VM == rundir.DEFAULT

@@ -1,0 +1,319 @@
+"""The command line with a real VM: streams, signals, terminals, exit statuses, and the commands around them."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import pty
+import re
+import select
+import signal
+import struct
+import subprocess
+import sys
+import termios
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import machine_options
+
+pytestmark = pytest.mark.vm
+
+#: A command in a VM that is up takes a second under emulation; a boot, ten times that on a loaded machine.
+TIMEOUT = 100.0
+
+BYRE = (sys.executable, "-m", "byre")
+
+
+@pytest.fixture(scope="module")
+def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """The VM named "default" is up, in a run directory of this module's own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_RUNTIME_DIR", str(tmp_path_factory.mktemp("run")))
+        patch.setenv("PYTHONPATH", os.pathsep.join(path for path in sys.path if path))
+        options = [f"--{name}={value}" for name, value in machine_options().items()]
+        done = byre("up", *options)
+        assert (done.returncode, done.stdout) == (0, b"default\n"), done.stderr
+        yield
+        assert byre("down").returncode == 0
+
+
+def byre(*args: str, stdin: bytes = b"", **options: object) -> subprocess.CompletedProcess[bytes]:
+    streams: dict[str, object] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "input": stdin}
+    return subprocess.run([*BYRE, *args], timeout=TIMEOUT, **{**streams, **options})  # type: ignore[call-overload, no-any-return]
+
+
+def shell(script: str) -> subprocess.CompletedProcess[bytes]:
+    """A pipeline of our own shell; `byre` in it is ours."""
+    function = f'byre() {{ {sys.executable} -m byre "$@"; }}\n'
+    return subprocess.run(["bash", "-c", function + script], timeout=TIMEOUT, capture_output=True)
+
+
+@pytest.mark.behaviour("B8")
+@pytest.mark.parametrize("where", ["vm", "container"])
+def test_the_exit_status_is_the_commands(up: None, busybox: str, where: str) -> None:
+    target = ["--vm"] if where == "vm" else ["--rm", busybox]
+    assert byre("run", *target, "sh", "-c", "exit 7").returncode == 7
+    # The first process of a pid namespace ignores signals from inside it.
+    killed = "kill -9 $$" if where == "vm" else "sh -c 'kill -9 $$'; exit $?"
+    assert byre("run", *target, "--", "sh", "-c", killed).returncode == 137
+
+
+@pytest.mark.parametrize("where", ["vm", "container", "exec"])
+def test_not_found_is_127_not_executable_126(
+    up: None, busybox: str, where: str, request: pytest.FixtureRequest
+) -> None:
+    if where == "exec":
+        target = ["exec", request.getfixturevalue("web")]
+    else:
+        target = ["run", "--vm"] if where == "vm" else ["run", "--rm", busybox]
+    done = byre(*target, "nosuch")
+    assert (done.returncode, done.stdout) == (127, b"")
+    assert done.stderr.startswith(b"byre: error: ") and b"nosuch" in done.stderr
+    assert byre(*target, "/etc/passwd").returncode == 126
+
+
+def test_an_error_of_our_own_is_125_with_the_next_step(up: None) -> None:
+    done = byre("run", "oci:/no/such/image", "true")
+    assert done.returncode == 125
+    assert re.match(rb"byre: error: .*/no/such/image.*\nhint: .+", done.stderr)
+
+
+@pytest.mark.behaviour("B1")
+@pytest.mark.parametrize("where", ["vm", "container"])
+def test_stdin_stdout_and_stderr_pass_unchanged(up: None, busybox: str, where: str) -> None:
+    data = os.urandom(3 * 1024 * 1024)
+    target = ["--vm"] if where == "vm" else ["--rm", busybox]
+    done = byre("run", "-i", *target, "sh", "-c", "echo to stderr >&2; cat", stdin=data)
+    assert hashlib.sha256(done.stdout).digest() == hashlib.sha256(data).digest()
+    assert (done.returncode, done.stderr) == (0, b"to stderr\n")
+
+
+def test_stdin_is_passed_on_only_with_i(up: None) -> None:
+    assert byre("run", "--vm", "cat", stdin=b"unseen").stdout == b""
+
+
+def test_files_are_read_and_written(up: None, tmp_path: Path) -> None:
+    source, target = tmp_path / "in", tmp_path / "out"
+    source.write_bytes(os.urandom(200_000))
+    with source.open("rb") as stdin, target.open("wb") as stdout:
+        command = [*BYRE, "run", "-i", "--vm", "cat"]
+        subprocess.run(command, stdin=stdin, stdout=stdout, timeout=TIMEOUT, check=True)
+    assert target.read_bytes() == source.read_bytes()
+
+
+@pytest.mark.behaviour("B4")
+def test_yes_piped_into_head_ends(up: None) -> None:
+    done = shell("byre run --vm yes | head -1; echo ${PIPESTATUS[0]}")
+    assert (done.stdout, done.stderr) == (b"y\n141\n", b"")
+
+
+@pytest.mark.behaviour("B5")
+def test_a_background_child_that_holds_stdout_does_not_hold_us(up: None) -> None:
+    begin = time.monotonic()
+    done = byre("run", "--vm", "sh", "-c", "sleep 90 & echo done")
+    assert (done.returncode, done.stdout) == (0, b"done\n")
+    assert time.monotonic() - begin < 60
+
+
+@pytest.mark.behaviour("B15b")
+def test_the_timeout_kills_the_whole_tree(up: None) -> None:
+    done = byre("run", "--timeout", "2", "--vm", "sh", "-c", "sleep 4321 & sleep 4321")
+    assert done.returncode == 124
+    assert b"sleep 4321" not in byre("run", "--vm", "ps", "-ef").stdout
+
+
+def test_environment_directory_and_user(up: None, busybox: str) -> None:
+    flags = ["-e", "A=1=2", "-e", "HOME", "-e", "NOT_SET_HERE", "-w", "/tmp", "-u", "1000:100"]
+    script = "echo $A; echo $HOME; echo ${NOT_SET_HERE-unset}; pwd; id -u; id -g"
+    expected = f"1=2\n{os.environ['HOME']}\nunset\n/tmp\n1000\n100\n".encode()
+    assert byre("run", *flags, "--rm", busybox, "sh", "-c", script).stdout == expected
+    assert byre("run", *flags, "--vm", "sh", "-c", script).stdout == expected
+
+
+def test_limits_and_restrictions_of_a_container(up: None, busybox: str) -> None:
+    script = "cat /sys/fs/cgroup/memory.max /sys/fs/cgroup/cpu.max /sys/fs/cgroup/pids.max; hostname; "
+    script += "touch /x || echo read-only; touch /scratch/x && echo writable; grep NoNewPrivs /proc/self/status"
+    flags = ["-m", "64m", "--cpus", "0.5", "--pids-limit", "77", "--hostname", "there", "--read-only"]
+    done = byre("run", "--rm", *flags, "--tmpfs", "/scratch", busybox, "sh", "-c", script)
+    assert done.stdout.split(b"\n")[:5] == [b"67108864", b"50000 100000", b"77", b"there", b"read-only"]
+    assert b"writable" in done.stdout and b"NoNewPrivs:\t1" in done.stdout
+    done = byre("run", "--rm", "--allow-new-privileges", busybox, "grep", "NoNewPrivs", "/proc/self/status")
+    assert done.stdout == b"NoNewPrivs:\t0\n"
+
+
+def test_rm_frees_the_name_and_without_it_the_container_stays(up: None, busybox: str) -> None:
+    for _ in range(2):
+        assert byre("run", "--rm", "--name", "once", busybox, "true").returncode == 0
+    assert byre("run", "--name", "stays", busybox, "sh", "-c", "exit 3").returncode == 3
+    assert byre("run", "--name", "stays", busybox, "true").returncode == 125
+    assert re.search(rb"stays +default +stopped \(3\)", byre("ps").stdout)
+    assert byre("rm", "stays").stdout == b"stays\n"
+    assert b"stays" not in byre("ps").stdout
+
+
+@pytest.fixture
+def web(up: None, busybox: str) -> Iterator[str]:
+    """A container that runs in the background."""
+    script = "echo started; trap 'echo stopping; exit 5' TERM; while :; do sleep 0.2; done"
+    done = byre("run", "-d", "--name", "web", busybox, "sh", "-c", script)
+    assert done.stdout == b"web\n", done.stderr
+    yield "web"
+    byre("rm", "-f", "web")
+
+
+@pytest.mark.behaviour("B43")
+def test_a_detached_container_goes_on_and_is_looked_after_by_its_name(web: str) -> None:
+    assert re.search(rb"web +default +running", byre("ps").stdout)
+    assert byre("exec", "-e", "A=b", "-w", "/tmp", web, "sh", "-c", "echo $A; pwd; exit 4").stdout == b"b\n/tmp\n"
+    assert byre("rm", web).returncode == 125
+    assert byre("stop", web).stdout == b"web\n"
+    assert re.search(rb"web +default +stopped \(5\)", byre("ps").stdout)
+    assert byre("logs", web).stdout == b"started\nstopping\n"
+
+
+def test_a_detached_container_with_rm_is_deleted_when_it_ends(up: None, busybox: str) -> None:
+    name = byre("run", "-d", "--rm", busybox, "sleep", "1").stdout.strip()
+    deadline = time.monotonic() + TIMEOUT
+    while name in byre("ps").stdout:
+        assert time.monotonic() < deadline
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT])
+def test_signals_are_passed_on(up: None, number: signal.Signals) -> None:
+    script = f"trap 'echo got it; exit 9' {number.name[3:]}; echo ready; while :; do sleep 0.1; done"
+    command = [*BYRE, "run", "--vm", "sh", "-c", script]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as running:
+        assert running.stdout is not None
+        assert running.stdout.readline() == b"ready\n"
+        running.send_signal(number)
+        assert running.stdout.read() == b"got it\n"
+        assert running.wait(TIMEOUT) == 9
+
+
+def test_a_second_interrupt_kills_what_ignores_the_first(up: None, busybox: str) -> None:
+    script = "trap 'echo ignored' INT; echo ready; while :; do sleep 0.1; done"
+    command = [*BYRE, "run", "--rm", busybox, "sh", "-c", script]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as running:
+        assert running.stdout is not None
+        assert running.stdout.readline() == b"ready\n"
+        running.send_signal(signal.SIGINT)
+        assert running.stdout.readline() == b"ignored\n"
+        running.send_signal(signal.SIGINT)
+        assert running.wait(TIMEOUT) == 137
+
+
+@pytest.mark.behaviour("B43")
+@pytest.mark.parametrize("where", ["vm", "container"])
+def test_what_runs_in_the_foreground_dies_with_a_killed_client(up: None, busybox: str, where: str) -> None:
+    target = ["--vm"] if where == "vm" else ["--rm", "--name", "doomed", busybox]
+    command = [*BYRE, "run", *target, "sh", "-c", "echo ready; sleep 5432"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as running:
+        assert running.stdout is not None
+        assert running.stdout.readline() == b"ready\n"
+        running.kill()
+    deadline = time.monotonic() + TIMEOUT
+    while b"5432" in (found := byre("ps").stdout) or b"doomed" in found:
+        assert time.monotonic() < deadline
+
+
+class Terminal:
+    """A command on a terminal of its own."""
+
+    def __init__(self, *args: str, width: int = 91, height: int = 17) -> None:
+        self.master, slave = pty.openpty()
+        self.resize(width, height)
+        self.process = subprocess.Popen(
+            [*BYRE, *args], stdin=slave, stdout=slave, stderr=slave, start_new_session=True
+        )
+        self.slave = slave
+        self.before = termios.tcgetattr(slave)
+
+    def resize(self, width: int, height: int) -> None:
+        fcntl.ioctl(self.master, termios.TIOCSWINSZ, struct.pack("HHHH", height, width, 0, 0))
+
+    def shown(self, seconds: float) -> bytes:
+        """What comes next; nothing when nothing comes for so long."""
+        ready, _, _ = select.select([self.master], [], [], seconds)
+        return os.read(self.master, 65536) if ready else b""
+
+    def until(self, text: bytes) -> bytes:
+        """What is shown, up to and with the text."""
+        seen = b""
+        while text not in seen:
+            new = self.shown(TIMEOUT)
+            assert new, f"{text!r} was not shown: {seen!r}"
+            seen += new
+        return seen
+
+    def type(self, text: bytes) -> None:
+        os.write(self.master, text)
+
+    def end(self) -> int:
+        """Its exit status; the terminal must be as it was."""
+        status = self.process.wait(TIMEOUT)
+        assert termios.tcgetattr(self.slave) == self.before
+        return status
+
+    def __enter__(self) -> Terminal:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.wait()
+        os.close(self.master)
+        os.close(self.slave)
+
+
+@pytest.mark.behaviour("B11", "B12")
+def test_a_terminal_resizes_interrupts_and_passes_the_status_on(up: None, busybox: str) -> None:
+    with Terminal("run", "-it", "--rm", busybox, "sh") as terminal:
+        terminal.until(b"# ")
+        terminal.type(b"stty size; echo $TERM-; tty\n")
+        shown = terminal.until(b"/dev/pts/")
+        assert b"17 91\r\n" in shown and os.environ.get("TERM", "xterm").encode() + b"-" in shown
+        terminal.resize(103, 29)
+        terminal.process.send_signal(signal.SIGWINCH)  # the kernel tells only the terminal's foreground group
+        while b"29 103" not in shown:
+            terminal.type(b"stty size; echo now$((1+1))\n")
+            shown = terminal.until(b"now2\r\n")
+        terminal.type(b"sleep 7654\n")
+        terminal.until(b"7654\r\n")
+        while b"# " not in terminal.shown(2):  # the first may come before the shell has started it
+            terminal.type(b"\x03")
+        terminal.type(b"exit 5\n")
+        assert terminal.end() == 5
+
+
+def test_a_shell_in_the_vm_and_in_a_container(web: str) -> None:
+    for args in (("shell",), ("shell", "-C", web)):
+        with Terminal(*args) as terminal:
+            terminal.until(b"# ")
+            terminal.type(b"echo in-$((6*7)); exit 3\n")
+            terminal.until(b"in-42")
+            assert terminal.end() == 3
+
+
+def test_without_a_vm_that_is_up_it_boots_its_own_and_leaves_nothing(
+    up: None, tmp_path: Path, busybox: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    done = byre("run", "-v", busybox, "sh", "-c", "echo hello; exit 6")
+    assert (done.returncode, done.stdout) == (6, b"hello\n")
+    assert b"in a VM of its own" in done.stderr
+    assert not list(tmp_path.glob("byre/*"))
+
+
+def test_an_interrupted_boot_leaves_nothing(up: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    with subprocess.Popen([*BYRE, "run", "-v", "--vm", "true"], stderr=subprocess.PIPE) as running:
+        assert running.stderr is not None
+        assert b"boots now" in running.stderr.readline()
+        running.send_signal(signal.SIGINT)
+        assert running.wait(TIMEOUT) == 130
+    assert [path for path in tmp_path.iterdir() if path.name != "byre"] == []
