@@ -54,7 +54,14 @@ def run(top: Path, arguments: list[str]) -> int:
         "BYRE_TEST_RESULTS": str(top / "results"),
     }
     python = f"/usr/bin/python{sys.version_info.major}.{sys.version_info.minor}"
-    command = ["setpriv", f"--reuid={UID}", f"--regid={GID}", "--clear-groups", "--no-new-privs", "--bounding-set=-all"]
+    command = [
+        "setpriv",
+        f"--reuid={UID}",
+        f"--regid={GID}",
+        "--clear-groups",
+        "--no-new-privs",
+        "--bounding-set=-all",
+    ]
     command += [python, "-m", "pytest", "-p", "no:cacheprovider", "-m", "vm", *arguments]
     command += ["tests/conformance", "tests/vm"]
     return subprocess.run(command, cwd=tree, env=environment, timeout=LIMIT, check=False).returncode

@@ -75,7 +75,7 @@ class Agent:
         """Serve the host at the other end of the channel."""
         self._channel = channel
         channel.watch(self.loop, self._on_channel)
-        if not channel.port:
+        if not channel.port or channels.has_host(channel.read_fd):
             self.server.connect(channel, secret)
 
     def _on_channel(self, mask: int) -> None:

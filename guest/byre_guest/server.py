@@ -125,11 +125,12 @@ class Server:
         return self._connection is not None
 
     def connect(self, channel: Channel, secret: bytes | None) -> None:
-        """Begin a fresh session over the channel."""
+        """Begin a fresh session over the channel, and greet the host at once."""
         self._channel = channel
         self._connection = Connection(first=False, name=f"byre-guest {VERSION}", secret=secret)
         self._pumps = None
         self._ended = False
+        self._end_round()
 
     def on_channel(self) -> None:
         """The channel may have become readable or writable."""

@@ -2,7 +2,7 @@ r"""What a keeper does with its clients' frames: passes them on to the guest's a
 
     client A --\                          every call with its deadline, its cancellation and its verdict;
     client B ---  Relay  --- guest        every stream under a number of its own on each side;
-    client C --/                          every exit to all clients
+    client C --/                          every exit to the clients that it concerns
 
 Rule: the relay holds no more of a stream than its window (see `passage`), so a client that does not read stops its
 own processes and nothing else (B3).  A reply never comes after an event that followed it.
@@ -76,12 +76,14 @@ class Client:
 
 
 class Started:
-    """A process that a client started: its streams, and whose they are."""
+    """A process that a client started: its streams, and whose it is.  Clients that ask for the same container's
+    init process later are its owners as well."""
 
-    def __init__(self, number: int, client: Client, streams: list[Passage]) -> None:
+    def __init__(self, number: int, client: Client) -> None:
         self.id = number
-        self.client = client
-        self.streams = streams
+        self.starter = client
+        self.owners = {client}
+        self.streams: list[Passage] = []
         self.exited = False
 
 
@@ -136,14 +138,16 @@ class Relay:
         self._clients.discard(client)
         log.info("= client %d left, %d in all", client.number, len(self._clients))
         client.cancel_calls()
-        for started in [s for s in self._started.values() if s.client is client]:
-            if started.exited:
+        for started in [s for s in self._started.values() if client in s.owners]:
+            started.owners.discard(client)
+            if started.exited and not started.owners:
                 self._release(started)
-            elif client.tied:
+            elif not started.exited and client.tied and client is started.starter:
                 log.info("= process %d is killed: its client is gone", started.id)
                 self._spawn(self._ask("process.signal", process=started.id, signal=SIGKILL, tree=True))
 
     def _announce(self, name: str, fields: dict[str, Any]) -> None:
+        """Of containers, that is: any client may have opened one."""
         for client in self._clients:
             client.bridge.tell(name, fields)
 
@@ -221,9 +225,10 @@ class Relay:
     ) -> None:
         """Remember what a successful call made or ended."""
         if method in ("process.create", "container.init"):
-            number = result["process"]
-            self._started[number] = Started(number, client, streams)
-            self._guest.subscribe("process.exit", number, self._process_exited)
+            started = self._started.setdefault(result["process"], Started(result["process"], client))
+            started.owners.add(client)
+            started.streams += streams
+            self._guest.subscribe("process.exit", started.id, self._process_exited)
         elif method == "process.release":
             self._forget(arguments["process"])
         elif method == "container.create":
@@ -238,13 +243,15 @@ class Relay:
     def _process_exited(self, fields: dict[str, Any] | ConnectionLost) -> None:
         if isinstance(fields, ConnectionLost):
             return  # the keeper hears of it, and ends
-        self._announce("process.exit", fields)
         self._guest.unsubscribe("process.exit", fields["process"])
         started = self._started.get(fields["process"])
-        if started is not None:
-            started.exited = True
-            if started.client.gone:
-                self._release(started)
+        if started is None:
+            return
+        started.exited = True
+        for client in started.owners:
+            client.bridge.tell("process.exit", fields)
+        if not started.owners:
+            self._release(started)
 
     def _container_exited(self, fields: dict[str, Any] | ConnectionLost) -> None:
         if isinstance(fields, ConnectionLost):

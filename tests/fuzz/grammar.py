@@ -115,7 +115,7 @@ def encode(source: Source, fields_of: Any) -> bytes:
             del fields_of[place : place + 1]
         else:
             fields_of[place : place + 1] = [value(source)]
-    payload = bytearray(msgpack.packb(fields_of, unicode_errors="surrogatepass"))
+    payload = bytearray(msgpack.Packer(unicode_errors="surrogatepass").pack(fields_of))
     if chance(source, 16) and payload:
         payload[source.integer(0, len(payload) - 1)] = source.integer(0, 255)
     if chance(source, 32):

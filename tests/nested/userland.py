@@ -75,7 +75,17 @@ def make_disk(destination: Path) -> None:
         _copy_libraries(top / LIBRARIES)
         _copy_caches(top / CACHE / "byre")
         shutil.copy2(BUSYBOX, top / BUSYBOX_COPY)
-        command = ["mksquashfs", str(top), str(destination), "-all-root", "-no-progress", "-noI", "-noD", "-noF", "-noX"]
+        command = [
+            "mksquashfs",
+            str(top),
+            str(destination),
+            "-all-root",
+            "-no-progress",
+            "-noI",
+            "-noD",
+            "-noF",
+            "-noX",
+        ]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
 
 

@@ -52,7 +52,7 @@ def frame(kind: int, stream: int, payload: bytes, *, flags: int = 0, length: int
 
 
 def message(kind: int, *fields: Any) -> bytes:
-    return frame(kind, 0, msgpack.packb(list(fields)))
+    return frame(kind, 0, msgpack.Packer().pack(list(fields)))
 
 
 def number(kind: int, stream: int, value: int) -> bytes:
@@ -391,7 +391,7 @@ NEGATIVE = [
     bad("a REQUEST frame over its limit, known from the header", frame(REQUEST, 0, b"", length=1048577)),
     bad("a PING of seven bytes", frame(PING, 0, bytes(7))),
     bad("a payload that is no msgpack", frame(REQUEST, 0, b"\xc1")),
-    bad("bytes after the message", frame(EVENT, 0, msgpack.packb(["x", {}]) + b"\x00")),
+    bad("bytes after the message", frame(EVENT, 0, msgpack.Packer().pack(["x", {}]) + b"\x00")),
     bad("a list that claims more than there is", frame(REQUEST, 0, b"\xdc\x3f\xff" * 100)),
     bad("a list over MAX_ELEMENTS", frame(REQUEST, 0, b"\xdc\x40\x01" + b"\xc0" * 16385)),
     bad("an extension type", frame(REQUEST, 0, b"\xd4\x05\x00")),

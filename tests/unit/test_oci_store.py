@@ -408,7 +408,11 @@ def test_a_tar2sqfs_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     assert "MiB left" in error.hint
 
 
-def test_a_blob_that_changes_while_it_is_read(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("old", "new", "reason"),
+    [(b"program", b"PROGRAM", "has sha256:"), (b"d/setuid", b"d/steuid", "changed while")],  # the same checksum
+)
+def test_a_blob_that_changes_while_it_is_read(tmp_path: Path, old: bytes, new: bytes, reason: str) -> None:
     source = layout(tmp_path, rich(), compress=False)
     with open_image(f"oci:{source}") as image:
         blob = source / "blobs/sha256" / image.layers[0].digest.removeprefix("sha256:")
@@ -416,10 +420,10 @@ def test_a_blob_that_changes_while_it_is_read(tmp_path: Path) -> None:
     def change(progress: LayerProgress) -> None:
         if progress.done == 2 * progress.total:  # the digest was checked and the list made
             with open(blob, "r+b") as out:
-                out.seek(rich().index(b"program"))
-                out.write(b"PROGRAM")
+                out.seek(rich().index(old))
+                out.write(new)
 
-    with pytest.raises(ImageInvalid, match="has sha256:"):
+    with pytest.raises(ImageInvalid, match=reason):
         prepare(source, tmp_path / "store", change)
     assert _left(tmp_path / "store") <= {"lists", "locks"}
 

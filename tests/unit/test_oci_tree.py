@@ -79,6 +79,8 @@ def test_the_last_of_equal_names_wins() -> None:
 def test_paths_through_symbolic_links_stay_inside() -> None:
     assert apply(BASE, [entry("s/n")]) == {"d": "dir 1777", "d/n": "file 1.0"}
     assert apply(BASE, [entry("abs/n")]) == {"d": "dir 1777", "d/sub": "dir 700", "d/sub/n": "file 1.0"}
+    absolute = [folder("e"), symlink("e/root", "/d")]
+    assert apply(BASE, absolute, [entry("e/root/n")]) == {"d": "dir 1777", "d/n": "file 2.0"}
     up = [symlink("up", "../../../d")]
     assert apply(BASE, up, [entry("up/n")]) == {"d": "dir 1777", "d/n": "file 2.0"}
     assert apply([symlink("l", "/etc"), entry("l/passwd")])["etc/passwd"] == "file 0.1"

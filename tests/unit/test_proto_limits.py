@@ -158,15 +158,13 @@ def test_calls_in_progress() -> None:
 @shows("MAX_CONTROL_BACKLOG", "FRAME_OVERHEAD")
 def test_a_peer_that_asks_and_does_not_read() -> None:
     ping = frames.encode_integer(frames.PING, 0, 1)
-    bad_request = b"".join(frames.encode(frames.REQUEST, 0, pack([i, "no", {}, None])) for i in range(1, 1000))
-    for flood in (ping * 999, bad_request):
+    bad_requests = b"".join(frames.encode(frames.REQUEST, 0, pack([i, "no", {}, None])) for i in range(1, 1000))
+    for flood in (ping * 999, bad_requests):
         pair = Pair()
         tracemalloc.start()
-        fed = 0
         while not pair.second.connection.close_due:
             pair.second.feed(flood)
             pair.second.session._last_remote_call = 0
-            fed += len(flood)
         _, peak = tracemalloc.get_traced_memory()
         tracemalloc.stop()
         error = pair.second.closed()

@@ -12,7 +12,7 @@ from byre.errors import ContainerNotFound
 from byre.parameters import Resources
 
 from . import foreground, terminal
-from .selection import check_terminal, parameters, talkative, variables, vm_of
+from .selection import Progress, check_terminal, parameters, talkative, variables, vm_of
 from .status import say
 from .vms import bring_up
 
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     import argparse
 
     from byre.container import GuestContainer
-    from byre.oci.store import LayerProgress
     from byre.vm import UtilityVM
 
 
@@ -113,8 +112,8 @@ async def _create(arguments: argparse.Namespace, vm: UtilityVM) -> GuestContaine
     options: dict[str, Any] = {}
     if arguments.entrypoint is not None:
         options["entrypoint"] = [arguments.entrypoint] if arguments.entrypoint else []
-    if talkative(arguments):
-        options["progress"] = _progress
+    if sys.stderr.isatty():
+        options["progress"] = Progress()
     return await vm.create_container(
         arguments.name,
         image=arguments.target,
@@ -136,9 +135,3 @@ async def _create(arguments: argparse.Namespace, vm: UtilityVM) -> GuestContaine
         hostname=arguments.hostname,
         **options,
     )
-
-
-def _progress(step: LayerProgress) -> None:
-    """Layers are converted once; on a terminal that is one line which is written over."""
-    if sys.stderr.isatty():
-        print(f"\r\033[Kbyre: {step}", end="", file=sys.stderr)

@@ -7,6 +7,7 @@ else               a VM of the command's own, which ends with it
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import math
 import os
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from byre import rundir
 from byre.errors import InvalidRequest
+from byre.machines.spawn import in_thread
 from byre.parameters import ProcessParameters
 from byre.vm import UtilityVM
 
@@ -24,6 +26,8 @@ from .status import say
 
 if TYPE_CHECKING:
     import argparse
+
+    from byre.oci.store import LayerProgress
 
 #: A VM of the command's own has this much memory, or what its container is allowed and this much more: for the
 #: kernel, the agent, and the container's writable layer.
@@ -54,9 +58,52 @@ async def vm_of(arguments: argparse.Namespace) -> AsyncIterator[tuple[UtilityVM,
     if talkative(arguments):
         say("in a VM of its own, which boots now")
     vm = UtilityVM(**_size(arguments))
-    await vm.start(say)
-    async with vm:
+    async with _boot(vm, "" if arguments.vm else arguments.target):
         yield vm, True
+
+
+@contextlib.asynccontextmanager
+async def _boot(vm: UtilityVM, image: str) -> AsyncIterator[None]:
+    """Boot, while the image's layers are made ready: one that is not there is not worth waiting for a VM."""
+    booting = asyncio.create_task(vm.start(say))
+    tasks: set[asyncio.Task[Any]] = {booting}
+    if image:
+        tasks.add(asyncio.create_task(in_thread(lambda: _prepare(image))))
+    try:
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
+        for task in done:
+            task.result()
+        yield
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)
+        await vm.close()
+
+
+def _prepare(image: str) -> None:
+    """Convert what is not in the cache.  Blocks."""
+    from byre.oci.layout import open_image
+    from byre.oci.store import LayerStore
+
+    with open_image(image) as found:
+        LayerStore().prepare(found, Progress() if sys.stderr.isatty() else None)
+
+
+class Progress:
+    """Layers are converted once; on a terminal that is one line, which is written over and gone at the end."""
+
+    def __init__(self) -> None:
+        self._shown = ""
+
+    def __call__(self, step: LayerProgress) -> None:
+        percent = 100 * step.done // max(1, step.total)
+        text = f"byre: preparing layer {step.number} of {step.layers}: {percent} %"
+        if percent >= 100 and step.number == step.layers:
+            text = ""
+        if text != self._shown:
+            self._shown = text
+            print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
 
 
 async def attach(name: str) -> UtilityVM:

@@ -17,8 +17,8 @@ from .status import say
 if TYPE_CHECKING:
     import argparse
 
-#: How long `ps` waits for one keeper, in seconds: they answer within milliseconds, even when their VM hangs.
-ANSWER_TIMEOUT = 5.0
+#: How long `ps` waits for one keeper, in seconds: longer than a keeper waits for its guest.
+ANSWER_TIMEOUT = 8.0
 
 
 def up(arguments: argparse.Namespace) -> int:
