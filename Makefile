@@ -14,9 +14,10 @@ RESULTS  := test-results
 #   util-linux, dpkg, apt   setpriv; the packages from which the guest image is built
 #   busybox-static          the demo's and the tests' small container image
 #   mmdebstrap, skopeo, …   tests: a real Debian userland, independent tools to compare with
+#   libseccomp2             tests: the seccomp profile is compiled as a runtime would
 RUN_PACKAGES  := python3 python3-venv qemu-system-x86 squashfs-tools-ng golang-github-containers-common \
-                 util-linux ca-certificates busybox-static kmod zstd
-TEST_PACKAGES := mmdebstrap squashfs-tools attr strace umoci git procps
+                 util-linux ca-certificates busybox-static zstd
+TEST_PACKAGES := mmdebstrap squashfs-tools skopeo xz-utils libseccomp2 procps git
 
 .PHONY: demo test nested behaviours bench lint image setup setup-test clean
 
@@ -25,6 +26,8 @@ demo: setup
 	$(BIN)/python -m examples.demo
 
 test: setup-test
+	@$(BIN)/python -c 'import byre_images; byre_images.ensure(progress=print)'
+	@$(BIN)/python -m tests.images
 	$(BIN)/python -m pytest $(PYTEST_FLAGS)
 	$(BIN)/python -m tests.user $(PYTEST_FLAGS)
 

@@ -35,7 +35,12 @@ def host() -> dict[str, Any]:
     model = ""
     with open("/proc/cpuinfo") as lines:
         model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
-    return {"cpus": os.cpu_count(), "cpu": model, "kernel": platform.release(), "accelerator": choose_accelerator("auto").name}
+    return {
+        "cpus": os.cpu_count(),
+        "cpu": model,
+        "kernel": platform.release(),
+        "accelerator": choose_accelerator("auto").name,
+    }
 
 
 def median(values: Sequence[float]) -> float:

@@ -299,7 +299,6 @@ class Processes:
         process, number = self.find(arguments["process"]), arguments["signal"]
         if not 0 <= number < trees.SIGNALS:
             raise InvalidRequest(f"{number} is not a signal", field="signal")
-        self.reaper.sweep()  # one that has ended, unnoticed so far, is not signalled
         if arguments["tree"]:
             delivered = self.trees.signal(process.tree, number)
         else:

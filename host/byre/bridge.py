@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import socket
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any
 
@@ -18,14 +19,12 @@ from byre_proto import events
 from byre_proto.connection import Connection
 
 from .calls import Calls, Result
-from .channel import CLOSE_GRACE, WRITE_BATCH, Channel
+from .channel import CLOSE_GRACE, SEND_BUFFER, WRITE_BATCH, Channel
 from .errors import ByreError, ConnectionLost, DeadlineExceeded, NotSupported, StreamReset
 from .guestlog import GuestLog
 from .streams import BridgeReader, StreamTransport
 
 if TYPE_CHECKING:
-    import socket
-
     from byre_proto.session import Session
 
 #: Stream data queued in the core before writers wait: enough for the next batch.
@@ -82,6 +81,8 @@ class Bridge(Calls):
         self._opened = loop.create_future()
         try:
             channel = Channel(self)
+            with contextlib.suppress(OSError):  # not every kind of socket has it
+                self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
             await loop.create_connection(lambda: channel, sock=self._sock)
             self.flush_soon()
             async with asyncio.timeout(timeout):

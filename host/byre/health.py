@@ -1,12 +1,12 @@
 """Whether a guest still answers, asked apart from ordinary calls (B48).
 
-    ok             it answered the last ping
+    ok             it answered the last time
     unresponsive   it has not answered for `deadline` seconds
     paused         nobody asks: its CPUs are stopped, by us
     lost           the connection is gone; nothing follows
 
-Rule: a ping asks the agent's loop and nothing else; a state is told once, when it changes.  Time in which this host
-slept, or this loop did not run, is not held against the guest.
+Rule: a probe asks the agent's loop and nothing else; a state is told once, when it changes.  Time in which this
+host slept, or this loop did not run, is not held against the guest.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ from .errors import ConnectionLost, DeadlineExceeded
 
 if TYPE_CHECKING:
     from .bridge import Bridge
+    from .owner import Owner
 
-#: Seconds between pings: under emulation one costs the guest half a millisecond.
+#: Seconds between probes: under emulation one costs the guest half a millisecond.
 INTERVAL = 2.0
 
 #: Seconds without an answer after which a guest is called unresponsive: far beyond a round trip of a loaded guest
@@ -36,7 +37,8 @@ class Health:
     #: A guest that hangs is noticed within this many seconds.
     deadline = INTERVAL + PATIENCE
 
-    def __init__(self, bridge: Bridge) -> None:
+    def __init__(self, owner: Owner, bridge: Bridge) -> None:
+        self._owner = owner
         self._bridge = bridge
         self._state = OK
         self._changed = asyncio.Condition()
@@ -117,7 +119,7 @@ class Health:
         loop = asyncio.get_running_loop()
         begin = loop.time()
         try:
-            await self._bridge.ping(PATIENCE)
+            await self._owner.probe(self._bridge, PATIENCE)
         except DeadlineExceeded:
             late = loop.time() - begin - PATIENCE
             if self._resting or late > INTERVAL:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from .errors import InvalidRequest, NotSupported
 
 if TYPE_CHECKING:
+    from .bridge import Bridge
     from .machines.base import Machine
     from .machines.disks import Disk
 
@@ -79,6 +80,11 @@ class Owner(abc.ABC):
     async def release(self) -> None:
         """This program is done with the VM: it ends where it is ours, and goes on where it is a keeper's."""
 
+    async def probe(self, bridge: Bridge, timeout: float) -> None:
+        """One sign of life of the guest's agent (B48).  Raises `DeadlineExceeded`.  A keeper answers pings itself,
+        so it is asked for what only the agent can answer."""
+        await bridge.call("system.info", timeout=timeout)
+
     def console_tail(self, lines: int) -> str:
         """`console`, without waiting, where the console is in this process."""
         raise NotSupported("the console of this VM is its keeper's", hint="await vm.console()")
@@ -95,6 +101,9 @@ class MachineOwner(Owner):
     @property
     def machine_pid(self) -> int:  # type: ignore[override]
         return getattr(self.machine, "pid", None) or 0
+
+    async def probe(self, bridge: Bridge, timeout: float) -> None:
+        await bridge.ping(timeout)
 
     async def attach_disk(self, path: Path) -> DiskPlace:
         disk = await self.machine.attach_disk(path, read_only=True)

@@ -88,9 +88,12 @@ async def run(
 ) -> CompletedProcess:
     """Run a command to its end; the arguments mean what they mean to `subprocess.run`.
 
-    `options` are further fields of `ProcessParameters`.  Raises what `create_process` raises when the command
-    never ran; `CommandFailed` with `check`; `DeadlineExceeded` past `timeout` seconds, whose ``data`` has "ran"
-    (whether it had; None: not known), and the output so far as "stdout" and "stderr".
+    `options` are further fields of `ProcessParameters`.  With ``stderr=STDOUT`` the two are merged as they arrive,
+    each in its own order (a shell's ``2>&1`` keeps the order between them).
+
+    Raises what `create_process` raises when the command never ran; `CommandFailed` with `check`;
+    `DeadlineExceeded` past `timeout` seconds, whose ``data`` has "ran" (whether it had; None: not known), and the
+    output so far as "stdout" and "stderr".
     """
     if capture_output:
         if stdout is not None or stderr is not None:

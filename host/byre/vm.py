@@ -142,7 +142,7 @@ class UtilityVM(GuestProcessHost):
         """Take over a VM that runs: ours, or a keeper's."""
         self._owner, self._bridge = owner, bridge
         self._layers = Layers(owner, bridge)
-        self.health = Health(bridge)
+        self.health = Health(owner, bridge)
         self.health.start()
 
     async def __aenter__(self) -> Self:

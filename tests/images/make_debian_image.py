@@ -67,9 +67,17 @@ def _bootstrap(base: Path, full: Path) -> None:
         SUITE,
         str(full),
     ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT)
-    if done.returncode != 0:
-        raise RuntimeError(f"mmdebstrap failed with status {done.returncode}:\n{done.stderr[-2000:]}")
+    if os.geteuid() == 0:  # so that its mounts end with it, however it ends
+        command = ["unshare", "--mount", *command]
+    environment = {**os.environ, "TMPDIR": str(base.parent)}
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment) as process:
+        try:
+            said = process.communicate(timeout=TIMEOUT)[1].decode("utf-8", "replace")
+        except BaseException:
+            process.terminate()  # it cleans up
+            raise
+    if process.returncode != 0:
+        raise RuntimeError(f"mmdebstrap failed with status {process.returncode}:\n{said[-2000:]}")
 
 
 def _difference(lower: Path, upper: Path) -> bytes:

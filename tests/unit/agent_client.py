@@ -251,6 +251,22 @@ def alive(pid: int) -> bool:
     return stat.rpartition(")")[2].split()[0] not in "ZX"
 
 
+def restlessness(pid: int, seconds: float) -> tuple[int, int]:
+    """`(voluntary sleeps, ticks of 10 ms on a processor)` of a process within a while.
+
+    That nothing happens cannot be awaited: this is the one place where a test sleeps.
+    """
+
+    def count() -> tuple[int, int]:
+        status = Path(f"/proc/{pid}/status").read_text().splitlines()
+        times = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13]
+        return next(int(line.split()[1]) for line in status if line.startswith("voluntary")), sum(map(int, times))
+
+    before = count()
+    time.sleep(seconds)
+    return count()[0] - before[0], count()[1] - before[1]
+
+
 def open_descriptors(pid: int) -> int:
     """How many descriptors a process has open."""
     return len(os.listdir(f"/proc/{pid}/fd"))

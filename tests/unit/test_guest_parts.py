@@ -7,7 +7,6 @@ import pty
 import select
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -19,7 +18,7 @@ from byre_proto import errors, events
 from byre_proto.connection import Connection
 from byre_proto.errors import InvalidRequest
 
-from .agent_client import BOOT, PATIENCE, AgentClient, alive
+from .agent_client import BOOT, PATIENCE, AgentClient, alive, restlessness
 
 # -- the kernel's command line, modules, cgroups -----------------------------------------------------------
 
@@ -262,7 +261,9 @@ agent.run()
             assert len(host.call("process.list")["processes"]) == round_number
             pids.append(host.start("sh", "-c", "trap '' PIPE; echo x; exec sleep 1000", stdio="io").pid)
             host.leave()
-            assert _switches(agent.pid) < 10
+            sleeps, ticks = restlessness(agent.pid, 0.3)
+            assert sleeps < 10
+            assert ticks < 5
         assert all(map(alive, pids))
         agent.terminate()
         assert agent.wait(PATIENCE) == 0
@@ -271,18 +272,6 @@ agent.run()
         agent.wait()
         for pid in filter(alive, pids):
             os.kill(pid, 9)
-
-
-def _switches(pid: int) -> int:
-    """How often the process went to sleep within a while: what should not happen cannot be awaited."""
-
-    def count() -> int:
-        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-        return sum(int(line.split()[1]) for line in lines if "ctxt_switches" in line)
-
-    before = count()
-    time.sleep(0.2)
-    return count() - before
 
 
 def test_events_of_streams_that_have_ended_are_nothing() -> None:
