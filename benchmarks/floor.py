@@ -1,7 +1,8 @@
 """The floor under everything: the same kernel on a bare QEMU, busybox as init, an echo over virtio-serial.
 
 It loads nothing but what the echo needs, and has no agent, no root file system and no protocol: what it costs, the
-machine underneath costs.  It gets every kernel argument that byre's own boot gets.
+machine underneath costs.  It gets the CPU and
+every kernel argument that byre's own boot gets.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from pathlib import Path
 
 from byre.machines.accelerators import choose_accelerator
 from byre.machines.clock import tsc_khz
+from byre.machines.command_line import EMULATED_CPU
 from byre_images import KERNEL_ARGUMENTS, Image
 from byre_images.initramfs import Node, cpio
 
@@ -95,7 +97,7 @@ async def bare_machine(
             "-accel",
             accelerator,
             "-cpu",
-            "host" if accelerator == "kvm" else "max",
+            "host" if accelerator == "kvm" else EMULATED_CPU,
             "-m",
             "256",
             "-smp",

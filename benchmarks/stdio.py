@@ -22,41 +22,51 @@ from .report import Report, median
 TARGET = ">= 0.6"
 MIB = 1024 * 1024
 SIZE = 256 * MIB
-RAW_SIZE = 64 * MIB
+RAW_SIZE = 32 * MIB
 BLOCKS_KIB = (4, 16, 32, 64, 128, 256)
 PIECE = 16 * MIB
 
 
-async def raw_out(image: Any, machine: str, kib: int) -> float:
-    """Bytes a second from the guest."""
-    count = RAW_SIZE // (kib * 1024)
-    script = f"echo ready >&3; read x <&3; busybox dd if=/dev/zero of=/dev/fd/3 bs={kib}k count={count} 2>/dev/null"
+async def raw_out(image: Any, machine: str, runs: int) -> dict[int, list[float]]:
+    """Bytes a second from the guest, by block size in KiB."""
+    sizes = [kib for _ in range(runs) for kib in BLOCKS_KIB]
+    script = (
+        "echo ready >&3; while read k n <&3; do busybox dd if=/dev/zero bs=${k}k count=$n >&3 2>/dev/null; done"
+    )
+    rates: dict[int, list[float]] = {kib: [] for kib in BLOCKS_KIB}
     loop = asyncio.get_running_loop()
     async with floor.bare_machine(image, machine, script) as (channel, _):
         await loop.sock_recv(channel, 64)
         buffer = bytearray(256 * 1024)
-        start = time.perf_counter()
-        await loop.sock_sendall(channel, b"go\n")
-        got = 0
-        while got < RAW_SIZE:
-            got += await loop.sock_recv_into(channel, buffer)
-        return RAW_SIZE / (time.perf_counter() - start)
+        for kib in sizes:
+            start = time.perf_counter()
+            await loop.sock_sendall(channel, b"%d %d\n" % (kib, RAW_SIZE // (kib * 1024)))
+            got = 0
+            while got < RAW_SIZE:
+                got += await loop.sock_recv_into(channel, buffer)
+            rates[kib].append(RAW_SIZE / (time.perf_counter() - start))
+    return rates
 
 
-async def raw_in(image: Any, machine: str, kib: int) -> float:
-    """Bytes a second to the guest."""
-    count = RAW_SIZE // (kib * 1024)
-    dd = f"busybox dd of=/dev/null bs={kib}k count={count} iflag=fullblock"
-    script = f"echo ready >&3; {dd} <&3 2>/dev/null; echo done >&3; busybox sleep 100"
+async def raw_in(image: Any, machine: str, runs: int) -> dict[int, list[float]]:
+    """Bytes a second to the guest, by the block size in KiB of both sides."""
+    sizes = [kib for _ in range(runs) for kib in BLOCKS_KIB]
+    steps = "; ".join(
+        f"busybox dd of=/dev/null bs={kib}k count={RAW_SIZE // (kib * 1024)} iflag=fullblock <&3 2>&-; echo >&3"
+        for kib in sizes
+    )
+    rates: dict[int, list[float]] = {kib: [] for kib in BLOCKS_KIB}
     loop = asyncio.get_running_loop()
-    async with floor.bare_machine(image, machine, script) as (channel, _):
+    async with floor.bare_machine(image, machine, f"echo ready >&3; {steps}; busybox sleep 100") as (channel, _):
         await loop.sock_recv(channel, 64)
-        block = bytes(kib * 1024)
-        start = time.perf_counter()
-        for _ in range(count):
-            await loop.sock_sendall(channel, block)
-        await loop.sock_recv(channel, 64)
-        return RAW_SIZE / (time.perf_counter() - start)
+        for kib in sizes:
+            block = bytes(kib * 1024)
+            start = time.perf_counter()
+            for _ in range(RAW_SIZE // len(block)):
+                await loop.sock_sendall(channel, block)
+            await loop.sock_recv(channel, 64)
+            rates[kib].append(RAW_SIZE / (time.perf_counter() - start))
+    return rates
 
 
 async def ours_out(vm: Any, piece: bytes) -> float:
@@ -101,8 +111,8 @@ async def run(runs: int) -> Report:
         _, shown = await ours_in(vm, piece, "sha256sum")
         digest = hashlib.sha256(piece * (SIZE // PIECE)).hexdigest()
         assert shown.split()[0].decode() == digest, "the bytes are not those that were sent"
-    raw_outs = {kib: [await raw_out(image, machine, kib) for _ in range(runs)] for kib in BLOCKS_KIB}
-    raw_ins = {kib: [await raw_in(image, machine, kib) for _ in range(runs)] for kib in BLOCKS_KIB}
+    raw_outs = await raw_out(image, machine, runs)
+    raw_ins = await raw_in(image, machine, runs)
     best_out = max(median(rates) for rates in raw_outs.values())
     best_in = max(median(rates) for rates in raw_ins.values())
     figures = {"out_mb_s": median(out) / 1e6, "in_mb_s": median(into) / 1e6}

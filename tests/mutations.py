@@ -33,7 +33,7 @@ SOURCE_ROOTS = ("host", "guest", "bridge_proto", "images")
 CACHED = ("images/apt", "images/base", "images/pins.json")
 
 #: Seconds for one test, and for all tests of one mutation: many a mutation makes something wait for ever.
-TEST_LIMIT = 60
+TEST_LIMIT = 90
 RUN_LIMIT = 600
 
 #: pytest's exit status when tests were run and one failed.
@@ -70,7 +70,7 @@ def judge(mutation: Mutation) -> tuple[bool, str]:
             copy_cache(Path(environment["XDG_CACHE_HOME"]) / "byre")
         status, output = run(tree, mutation.tests, environment)
     if status == TESTS_FAILED:
-        failed = re.findall(r"^(?:FAILED|ERROR) (\S+)", output, re.MULTILINE)
+        failed = re.findall(r"^(?:FAILED|ERROR) (.+)", output, re.MULTILINE)
         return True, failed[0] if failed else "a test failed"
     if status == 0:
         return False, f"survived {', '.join(mutation.tests)}"
@@ -103,6 +103,7 @@ def environment_of(tree: Path, vehicle: str) -> dict[str, str]:
         "BYRE_TEST_VEHICLES": vehicle,
         "BYRE_TEST_RESULTS": str(tree / "test-results"),
         "TMPDIR": str(tree.parent),
+        "COLUMNS": "200",  # so that the summary says why a test failed
     }
     if vehicle != "local":
         environment["XDG_CACHE_HOME"] = str(tree.parent / "cache")
@@ -121,7 +122,8 @@ def copy_cache(destination: Path) -> None:
 
 def run(tree: Path, tests: tuple[str, ...], environment: dict[str, str]) -> tuple[int | str, str]:
     """pytest's exit status and output; "no end" for the status when it had to be killed."""
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-rfE", "--tb=line", "-p", "no:cacheprovider"]
+    command = ["env", "--default-signal"]  # whatever started this may ignore some, and the tests look at them
+    command += [sys.executable, "-m", "pytest", "-x", "-q", "-rfE", "--tb=line", "-p", "no:cacheprovider"]
     command += [f"--timeout={TEST_LIMIT}", *tests]
     with subprocess.Popen(
         command,

@@ -30,6 +30,7 @@ def main(arguments: list[str]) -> int:
     with tempfile.TemporaryDirectory(prefix="byre-user-") as folder:
         top = Path(folder)
         userland.copy_all(top)
+        top.chmod(0o755)
         for directory in ("home", "results", "tmp"):
             (top / directory).mkdir()
         subprocess.run(["chown", "-R", f"{UID}:{GID}", str(top)], check=True)

@@ -17,7 +17,7 @@ from byre_proto.errors import BY_CODE, ByreError, DeadlineExceeded, StartFailed,
 
 from . import linux
 from .loop import EPOLLIN, EPOLLOUT
-from .reaper import BLOCKED, IGNORED_BY_PYTHON
+from .reaper import BLOCKED, IGNORED
 from .signals import signals
 
 TYPE_CHECKING = False
@@ -250,7 +250,7 @@ def command(
             ],
             setsid=True,
             setsigmask=(),
-            setsigdef=IGNORED_BY_PYTHON,
+            setsigdef=IGNORED,
         )
     except OSError as error:
         pipes.close_ours()

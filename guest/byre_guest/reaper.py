@@ -33,8 +33,9 @@ LAST_WAIT = 2.0
 #: Signals that the agent takes through its signalfd, and so blocks; a child must unblock them before exec.
 BLOCKED = (signals.SIGCHLD, signals.SIGINT, signals.SIGTERM, signals.SIGHUP)
 
-#: Signals that Python ignores; a child must restore their default (a broken pipe must end it).
-IGNORED_BY_PYTHON = (signals.SIGPIPE, signals.SIGXFSZ)
+#: Signals that are ignored here: by Python, or since nohup(1) or a shell in the background started the agent.  A
+#: child must restore their default (a broken pipe must end it).
+IGNORED = tuple(n for n in signals.valid_signals() if signals.getsignal(n) == signals.SIG_IGN)
 
 
 class Reaper:

@@ -30,7 +30,7 @@ from byre_proto.errors import (
 )
 
 from . import linux, terminals
-from .reaper import IGNORED_BY_PYTHON
+from .reaper import IGNORED
 from .signals import signals
 
 TYPE_CHECKING = False
@@ -137,7 +137,7 @@ def quick(plan: Plan, stdio: list[int], terminal: bool) -> int:
             file_actions=actions,
             setsid=True,
             setsigmask=(),
-            setsigdef=IGNORED_BY_PYTHON,
+            setsigdef=IGNORED,
         )
     except (OSError, NotImplementedError):
         return 0  # the report of `fork` says what is wrong
@@ -193,7 +193,7 @@ def _child(plan: Plan, stdio: list[int], terminal: bool, report: int) -> None:
         if plan.no_new_privileges:
             step = "no_new_privileges"
             linux.prctl(linux.PR_SET_NO_NEW_PRIVS, 1)
-        for ignored in IGNORED_BY_PYTHON:
+        for ignored in IGNORED:
             signals.signal(ignored, signals.SIG_DFL)
         signals.pthread_sigmask(signals.SIG_SETMASK, ())
         step = "exec"

@@ -13,6 +13,9 @@ import time
 LINES_PER_SECOND = 500
 BURST = 2000
 
+# A library says nothing unless its user asks for it (logging's HOWTO, "Configuring Logging for a Library").
+logging.getLogger("byre").addHandler(logging.NullHandler())
+
 LEVELS = range(logging.DEBUG, logging.CRITICAL + 1)
 
 

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import tarfile
+from hashlib import sha256
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from byre import ProcessParameters, Resources, UpdateResources, errors
+from byre.oci.layout import open_image
+from byre.oci.store import LayerStore
+from examples.busybox_image import Layer, busybox_layer, write_layout
 
 from .test_process import SOON, ended, read_all, read_until, shell
 
@@ -328,18 +334,31 @@ async def test_vsock_is_denied_by_seccomp(vm: Any, debian: str) -> None:
 
 @pytest.mark.behaviour("B30a")
 async def test_a_privileged_container_has_the_machine_for_a_boundary(vm: Any, busybox: str) -> None:
-    """Its root writes wherever it can; the image and the layers on the host stay as they were."""
+    """Its root writes to every disk of the machine; the image and the layers on the host stay as they were."""
     import byre_images
 
-    image = byre_images.ensure()
+    image, layers = byre_images.ensure(), layers_of(busybox)
+    before = [sha256(path.read_bytes()).digest() for path in layers]
+    script = (
+        "for d in /sys/class/block/[vs]d*; do n=${d##*/}; mknod /tmp/$n b $(tr : ' ' <$d/dev); echo found $n;"
+        " dd if=/dev/zero of=/tmp/$n bs=4096 count=4 conv=fsync; echo rc=$?; done"
+    )
     async with await make(vm, busybox, privileged=True) as container:
         await container.start()
-        script = "for d in /dev/vda /dev/sda /dev/sdb; do dd if=/dev/zero of=$d bs=4096 count=4 conv=fsync; done"
-        await output(container, "sh", "-c", script + " 2>&1; echo tried")
+        tried = await output(container, "sh", "-c", script)
+    assert {"found vda", "found sda"} <= set(tried.splitlines())
+    assert "rc=0" not in tried.splitlines()
     byre_images.verify(image)
+    assert [sha256(path.read_bytes()).digest() for path in layers] == before
     async with await make(vm, busybox) as container:
         await container.start()
         assert await output(container, "echo", "fine") == "fine\n"
+
+
+def layers_of(reference: str) -> list[Path]:
+    """The files on the host that are the layers of an image."""
+    with open_image(reference) as image:
+        return [layer.path for layer in LayerStore().prepare(image)]
 
 
 @pytest.mark.behaviour("B31")
@@ -355,7 +374,33 @@ async def test_a_fork_bomb_meets_its_limit(vm: Any, busybox: str) -> None:
             await other.start()
             assert await output(other, "echo", "usable") == "usable\n"
         assert (await vm.run(["true"], timeout=SOON)).returncode == 0
+        assert (await container.properties_v2("Statistics"))["LCOWMetrics"]["pids"]["current"] <= 40
         await container.terminate()
         assert (await asyncio.wait_for(container.wait(), SOON)).code == 137
         await bomb.close()
         await init.close()
+
+
+@pytest.mark.behaviour("B63")
+async def test_a_hostile_layer_harms_nothing(vm: Any, tmp_path: Path) -> None:
+    """Names that leave the archive are refused; what links out, and device nodes, are harmless where they are."""
+
+    def image(name: str, layer: Layer) -> str:
+        return f"oci:{write_layout(tmp_path / name, [busybox_layer(), layer.data()], {})}"
+
+    for number, name in enumerate(("../owned", "a/../../owned", "/owned")):
+        bad = Layer()
+        bad.add(name, b"owned")
+        with pytest.raises(errors.ImageInvalid, match="owned"):
+            await make(vm, image(f"bad{number}", bad))
+    odd, target = Layer(), Path("/var/tmp/byre-owned")
+    odd.symlink("out", str(target.parent))
+    odd.add(f"out/{target.name}", b"owned")
+    odd.add("disk", kind=tarfile.BLKTYPE, device=(254, 0), mode=0o666)
+    odd.add("memory", kind=tarfile.CHRTYPE, device=(1, 1), mode=0o666)
+    async with await make(vm, image("odd", odd)) as container:
+        await container.start()
+        assert await output(container, "cat", str(target)) == "owned"
+        for node in ("/disk", "/memory"):
+            assert "rc=0" not in await output(container, "sh", "-c", f"head -c 1 {node}; echo rc=$?")
+    assert not target.exists()

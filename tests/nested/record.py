@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from .. import vehicles
+from tests import vehicles
 
 #: A vehicle as part of a parametrized test's id: `test_x[kvm]`, `test_x[kvm/container-15]`.
 _NAME = re.compile(rf"(?<=[\[-])({'|'.join(vehicles.MACHINES)})(?=[\]/-])")
@@ -28,7 +28,7 @@ def plain(node_id: str) -> str:
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave only what belongs to the machine of this run."""
-    from ..conftest import _vehicle
+    from tests.conftest import _vehicle
 
     mine = [item for item in items if _vehicle(item) in vehicles.MACHINES]
     config.hook.pytest_deselected(items=[item for item in items if item not in mine])

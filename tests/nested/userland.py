@@ -1,10 +1,7 @@
-"""What the outer machine is given: a Debian with QEMU as an image, and a disk with this tree and its caches.
+"""The disk that the outer machine is given: this tree, and all that its tests would otherwise make under emulation.
 
-    image   from Debian packages, made once, in the cache of test images
-    disk    made anew for each run: the source tree, the Python packages of this environment, the guest image, the
-            containers' images and their layers, already converted; so nothing is built or compiled under emulation
-
-Rule: the disk has everything at the path that it has here, so that compiled Python is good there too.
+It is made anew for each run: sources and Python packages with their bytecode, the guest image, the containers'
+images and their layers, already converted.
 """
 
 from __future__ import annotations
@@ -14,7 +11,6 @@ import importlib.metadata
 import re
 import shutil
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,57 +19,24 @@ import byre_images
 from byre.oci.layout import open_image
 from byre.oci.store import LayerStore, default_root
 from byre_images import cache as image_cache
-from examples.busybox_image import BUSYBOX, write_layout
-
-from .. import images
+from examples.busybox_image import BUSYBOX
+from tests import images
 
 ROOT = Path(__file__).resolve().parents[2]
 
-SUITE = "bookworm"
-#: What byre needs of a host (as the Makefile has it), and kmod for modprobe.
-PACKAGES = (
-    *("python3", "qemu-system-x86", "squashfs-tools-ng", "golang-github-containers-common"),
-    *("util-linux", "kmod", "zstd", "procps"),
-)
 #: Directories of the source tree that the tests use.
 SOURCES = ("host", "guest", "bridge_proto", "images", "tests", "examples", "pyproject.toml", "README.md")
 #: The distributions that the tests import; what they require comes with them.
 DISTRIBUTIONS = ("pytest", "pytest-asyncio", "pytest-timeout", "qemu.qmp", "msgpack")
-#: Seconds for the packages to be fetched and unpacked.
-TIMEOUT = 1800
-
 # Below the disk's root.
 TREE, LIBRARIES, CACHE, BUSYBOX_COPY = "tree", "site-packages", "cache", "busybox"
-
-
-def system_image() -> Path:
-    """The layout of the Debian with QEMU; made first where the cache does not have it."""
-    return images._made("nested", _make_system, Path(__file__))
-
-
-def _make_system(destination: Path) -> Path:
-    with tempfile.TemporaryDirectory(prefix="byre-nested-") as folder:
-        tar = Path(folder) / "system.tar"
-        Path(folder).chmod(0o777)  # mmdebstrap writes as another user of its namespace
-        command = [
-            *("mmdebstrap", "--variant=minbase", f"--include={','.join(PACKAGES)}"),
-            *('--aptopt=Acquire::Languages "none"', '--aptopt=APT::Install-Recommends "false"'),
-            *(f"--dpkgopt=path-exclude=/usr/share/{name}/*" for name in ("doc", "locale", "man")),
-            *("--dpkgopt=force-unsafe-io", SUITE, str(tar)),
-        ]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT)
-        if done.returncode != 0:
-            raise RuntimeError(f"mmdebstrap failed with status {done.returncode}:\n{done.stderr[-2000:]}")
-        return write_layout(destination, [tar.read_bytes()], {"Cmd": ["bash"]}, compress=False)
 
 
 def make_disk(destination: Path) -> None:
     """The disk: a squashfs that is not compressed, since unpacking costs the emulated machine more than reading."""
     with tempfile.TemporaryDirectory(prefix="byre-nested-", dir=destination.parent) as folder:
         top = Path(folder)
-        _copy_tree(top / TREE)
-        _copy_libraries(top / LIBRARIES)
-        _copy_caches(top / CACHE / "byre")
+        copy_all(top)
         shutil.copy2(BUSYBOX, top / BUSYBOX_COPY)
         command = [
             "mksquashfs",
@@ -87,6 +50,13 @@ def make_disk(destination: Path) -> None:
             "-noX",
         ]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+
+
+def copy_all(top: Path) -> None:
+    """The tree, the Python packages and the caches, below `top`."""
+    _copy_tree(top / TREE)
+    _copy_libraries(top / LIBRARIES)
+    _copy_caches(top / CACHE / "byre")
 
 
 def _copy_tree(destination: Path) -> None:
@@ -153,8 +123,3 @@ def _copy_caches(destination: Path) -> None:
             shutil.copy2(layer.path, target)
     for folder in store.glob("*/chains"):
         shutil.copytree(folder, destination / "layers" / folder.relative_to(store))
-
-
-if __name__ == "__main__":
-    print(system_image())
-    make_disk(Path(sys.argv[1]))

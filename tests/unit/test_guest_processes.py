@@ -369,6 +369,19 @@ def test_a_program_inherits_nothing_of_the_agent(agent: AgentClient, plain: bool
     assert int(session) == process.pid
 
 
+@pytest.mark.parametrize("plain", [True, False])
+def test_a_program_ignores_no_signal_that_the_agent_was_made_to_ignore(plain: bool) -> None:
+    """As by nohup(1), and by a shell that starts it in the background."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        client = AgentClient()
+    finally:
+        signal.signal(signal.SIGINT, before)
+    with client:
+        process = client.start("sh", "-c", "kill -INT $$; exit 4", cwd="" if plain else "/")
+        assert process.wait()["signal"] == signal.SIGINT
+
+
 # -- cancelled on the way ----------------------------------------------------------------------------------
 
 

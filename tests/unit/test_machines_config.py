@@ -78,6 +78,12 @@ def test_an_emulated_guest_is_told_the_counters_rate(files: dict[str, Path], mac
     assert "tsc" not in " ".join(command(MachineConfig(**files), "kvm", machine))
 
 
+@pytest.mark.parametrize("machine", ["microvm", "pc", "q35"])
+def test_only_a_machine_without_pci_is_not_searched_for_it(files: dict[str, Path], machine: str) -> None:
+    words = command(MachineConfig(**files), "kvm", machine)
+    assert ("pci=off" in words[words.index("-append") + 1].split()) == (machine == "microvm")
+
+
 def test_an_emulated_microvm_needs_the_counters_rate(files: dict[str, Path]) -> None:
     words = command(MachineConfig(**files))
     assert words[words.index("-machine") + 1].startswith("microvm,rtc=on,pit=on,pic=on,")

@@ -298,7 +298,7 @@ async def test_layers_are_attached_once_and_stay_for_the_next_container(images: 
         assert storage.mounted == {0, 1}, "they wait for the next container"
 
 
-@pytest.mark.behaviour("B22")
+@pytest.mark.behaviour("B22", "B60")
 @pytest.mark.parametrize(
     ("step", "error"), [("mount", errors.StorageFailed), ("create", errors.UserNotFound), ("cancel", None)]
 )

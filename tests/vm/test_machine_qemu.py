@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import select
 import signal
@@ -27,7 +28,7 @@ pytestmark = pytest.mark.vm
 #: A boot takes 3 s under emulation on an idle host; these tests share theirs.
 BOOT = 100.0
 #: "Within a second" (B42, B43), and room for a busy host.
-SOON = 5.0
+SOON = float(os.environ.get("BYRE_TEST_SOON", "5"))
 
 
 def config(**options: Any) -> MachineConfig:
@@ -98,8 +99,9 @@ def test_killed_from_outside_everything_ends_within_a_second() -> None:
                 how = await machine.wait()
                 with pytest.raises(ConnectionLost):
                     await waiting
-                while await asyncio.get_running_loop().sock_recv(channel, 4096):
-                    pass
+                with contextlib.suppress(ConnectionResetError):  # vsock's end of a peer that is no more
+                    while await asyncio.get_running_loop().sock_recv(channel, 4096):
+                        pass
         assert (how.reason, how.signal) == ("killed", signal.SIGKILL)
 
     run(scenario)

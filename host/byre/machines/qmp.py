@@ -69,6 +69,8 @@ class Qmp:
             raise DeadlineExceeded(f"QEMU did not answer within {GREETING_TIMEOUT:g} s of its start") from None
         except ConnectError as error:
             raise ConnectionLost(f"QEMU closed its control channel: {printable(str(error))}") from error
+        except AssertionError as error:  # qemu.qmp's own, when QEMU ends just after it has answered
+            raise ConnectionLost("QEMU closed its control channel at its start") from error
         finally:
             if self._client.runstate is not Runstate.RUNNING:
                 sock.close()
