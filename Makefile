@@ -14,10 +14,11 @@ RESULTS  := test-results
 #   util-linux, dpkg, apt   setpriv; the packages from which the guest image is built
 #   busybox-static          the demo's and the tests' small container image
 #   mmdebstrap, skopeo, …   tests: a real Debian userland, independent tools to compare with
+#   vagrant                 tests: `vagrant validate`
 #   libseccomp2             tests: the seccomp profile is compiled as a runtime would
 RUN_PACKAGES  := python3 python3-venv qemu-system-x86 squashfs-tools-ng golang-github-containers-common \
                  util-linux ca-certificates busybox-static zstd
-TEST_PACKAGES := mmdebstrap squashfs-tools skopeo xz-utils libseccomp2 procps git
+TEST_PACKAGES := vagrant mmdebstrap squashfs-tools skopeo xz-utils libseccomp2 procps git
 
 .PHONY: demo test nested behaviours bench lint image setup setup-test clean
 

@@ -198,6 +198,14 @@ MUTATIONS = (
         (f"{PROCESS}::test_a_timeout_kills_the_whole_tree", f"{PROCESS}::test_cancelling_run_kills_the_whole_tree"),
     ),
     Mutation(
+        "B15b",
+        "Ctrl-C leaves a blocking call behind",
+        "host/byre/sync.py",
+        "loop.call_soon_threadsafe(job.cancel)\n                concurrent.futures.wait([job.outcome])",
+        "pass",
+        ("tests/conformance/test_sync.py",),
+    ),
+    Mutation(
         "B15c",
         "EIO of a terminal is an error",
         "guest/byre_guest/pumps.py",
@@ -430,6 +438,15 @@ MUTATIONS = (
         ("tests/conformance/test_machines.py::test_its_end_ends_what_waits_for_it",),
     ),
     Mutation(
+        "B42",
+        "a wait for a process does not hear of the loss",
+        "host/byre/bridge.py",
+        "            subscriber(self._lost_error())\n\n    def _lost_error",
+        "            pass\n\n    def _lost_error",
+        (f"{VM}::test_killing_the_machine_ends_every_call",),
+        "vm",
+    ),
+    Mutation(
         "B43",
         "the emulator survives its owner",
         "host/byre/machines/spawn.py",
@@ -523,6 +540,15 @@ MUTATIONS = (
         (f"{HOST}::test_stacks_and_console_can_be_had_while_the_agent_hangs",),
     ),
     Mutation(
+        "B49",
+        "while the agent hangs its silence is an error and not an answer",
+        "host/byre/vm.py",
+        "        except DeadlineExceeded as error:\n            return f",
+        "        except ConnectionLost as error:\n            return f",
+        (f"{VM}::test_stacks_and_console_can_be_had_while_the_agent_hangs",),
+        "vm",
+    ),
+    Mutation(
         "B50",
         "log lines are not escaped",
         "bridge_proto/byre_proto/session.py",
@@ -581,6 +607,15 @@ MUTATIONS = (
         "vm",
     ),
     Mutation(
+        "B52",
+        "the guest takes the host's nanoseconds for picoseconds",
+        "guest/byre_guest/system.py",
+        "clock_settime_ns(CLOCK_REALTIME, realtime_ns)",
+        "clock_settime_ns(CLOCK_REALTIME, realtime_ns // 1000)",
+        (f"{VM}::test_the_clock_is_right_after_boot_and_after_a_pause",),
+        "vm",
+    ),
+    Mutation(
         "B60",
         "the first of two removals detaches the disk",
         "host/byre/machines/disks.py",
@@ -595,6 +630,15 @@ MUTATIONS = (
         "            await self._bridge.finish(_quietly(self._owner.detach_disk(place)))\n",
         "",
         (f"{HOST}::test_a_create_that_fails_takes_back_what_it_did",),
+    ),
+    Mutation(
+        "B60",
+        "the same disk added again has a place of its own",
+        "host/byre/machines/disks.py",
+        "return status.st_dev, status.st_ino",
+        "return status.st_dev, id(status)",
+        (f"{VM}::test_a_disk_added_twice_is_attached_once",),
+        "vm",
     ),
     Mutation(
         "B63",

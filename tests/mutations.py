@@ -70,7 +70,7 @@ def judge(mutation: Mutation) -> tuple[bool, str]:
             copy_cache(Path(environment["XDG_CACHE_HOME"]) / "byre")
         status, output = run(tree, mutation.tests, environment)
     if status == TESTS_FAILED:
-        failed = re.findall(r"^(?:FAILED|ERROR) (.+)", output, re.MULTILINE)
+        failed = re.findall(r"^(?:FAILED|ERROR) (tests/.+)", output, re.MULTILINE)
         return True, failed[0] if failed else "a test failed"
     if status == 0:
         return False, f"survived {', '.join(mutation.tests)}"

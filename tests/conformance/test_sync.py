@@ -23,6 +23,7 @@ with LocalHost() as host:
         host.run(["sh", "-c", "sleep {marker} & sleep {marker}"])
     except KeyboardInterrupt:
         print("interrupted", flush=True)
+        sys.stdin.readline()
         print(host.run(["echo", "usable"], capture_output=True).stdout.decode(), flush=True)
 """
 
@@ -50,14 +51,20 @@ def until(condition: object, seconds: float = 20) -> None:
 def test_an_interrupt_cancels_the_call_and_leaves_nothing() -> None:
     marker = f"{os.getpid()}.5"
     program = subprocess.Popen(
-        [sys.executable, "-c", PROGRAM.format(marker=marker)], stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", PROGRAM.format(marker=marker)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
     )
     with program:
         assert program.stdout is not None
+        assert program.stdin is not None
         assert program.stdout.readline() == "ready\n"
         until(lambda: len(command_lines(marker)) == 2)
         program.send_signal(signal.SIGINT)
         assert program.stdout.readline() == "interrupted\n"
+        until(lambda: not command_lines(marker))  # by the interrupt, not by the host's end
+        program.stdin.write("go on\n")
+        program.stdin.flush()
         assert program.stdout.readline() == "usable\n"
         assert program.wait(timeout=20) == 0
-    until(lambda: not command_lines(marker))

@@ -11,6 +11,7 @@ import asyncio
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -128,12 +129,14 @@ async def watch(vm: Any, process: Any) -> int:
 
 async def fetch_results(container: Any) -> Tests:
     """Keep what the inner run recorded (behaviours, consoles) beside the host's own; how each test ended."""
-    packed = await container.run(["tar", "-C", outer.RESULTS, "-cf", "-", "."], capture_output=True, timeout=120)
-    RESULTS.mkdir(parents=True, exist_ok=True)
+    script = 'mkdir -p "$1" && tar -C "$1" -cf - .'
+    packed = await container.run(["sh", "-c", script, "sh", outer.RESULTS], capture_output=True, timeout=120)
+    shutil.rmtree(RESULTS / "nested", ignore_errors=True)
     with tarfile.open(fileobj=io.BytesIO(packed.stdout)) as tar:
         tar.extractall(RESULTS / "nested", filter="data")
     behaviours = RESULTS / "nested" / "behaviours-kvm.json"
-    behaviours.replace(RESULTS / behaviours.name)
+    if behaviours.exists():  # not where no test ran
+        behaviours.replace(RESULTS / behaviours.name)
     record = await container.run(["cat", "/run/record"], capture_output=True, check=True, timeout=60)
     ended: Tests = {}
     for line in map(json.loads, record.stdout.splitlines()):
@@ -142,15 +145,7 @@ async def fetch_results(container: Any) -> Tests:
     return ended
 
 
-def report(
-    wanted: dict[str, str],
-    run: dict[str, str],
-    ended: dict[str, str],
-    exits: int,
-    *,
-    complete: bool,
-    seconds: float,
-) -> int:
+def report(wanted: Tests, run: Tests, ended: Tests, exits: int, *, complete: bool, seconds: float) -> int:
     """Say what there was; the exit status."""
     bad = {test: outcome for test, outcome in ended.items() if outcome != "passed"}
     missing = sorted(set(run) - set(ended)) if complete else []

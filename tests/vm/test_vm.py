@@ -20,7 +20,7 @@ import byre
 import byre_images
 from byre import ProcessParameters, errors
 from byre_images.initramfs import Node, cpio
-from tests.conformance.test_process import SOON, ended, read_all, read_until, shell
+from tests.conformance.test_process import SOON, ended, read_all, read_until, shell, writer
 from tests.conftest import machine_options
 
 pytestmark = pytest.mark.vm
@@ -230,10 +230,15 @@ async def test_a_hung_guest_is_noticed_and_a_paused_one_is_not_called_hung(fresh
 @pytest.mark.behaviour("B49")
 async def test_stacks_and_console_can_be_had_while_the_agent_hangs(fresh_vm: Any) -> None:
     assert "byre_guest" in await fresh_vm.stacks()
-    # The kernel freezes the agent as it would a task: nothing in user space can answer any more.
-    await fresh_vm.create_process(ProcessParameters(command_line="kill -STOP 1; cat /dev/zero >/dev/null"))
+    # The kernel freezes the agent: nothing in user space can answer any more.
+    freeze = "read line; echo 1 >/sys/fs/cgroup/agent/cgroup.freeze"
+    process = await shell(fresh_vm, freeze, stdin=True)
+    writer(process).write(b"\n")
+    with pytest.raises(errors.DeadlineExceeded):
+        await fresh_vm.bridge.call("process.wait", process=process.id, timeout=1)
     text = await asyncio.wait_for(fresh_vm.stacks(), SOON)
-    assert text
+    assert "console's last lines" in text
+    await process.close()
     assert isinstance(fresh_vm.console_tail(), str)
 
 
