@@ -60,6 +60,15 @@ MUTATIONS = (
         ("tests/unit/test_bridge_streams.py",),
     ),
     Mutation(
+        "B3",
+        "the host gives credit for all that arrives: its memory has no bound",
+        "host/byre/streams.py",
+        "        if self._wanted:\n            self._settle()",
+        "        self._credited += len(data); self._bridge.consumed(self._number, len(data))",
+        ("tests/conformance/test_memory.py::test_memory_is_bounded_while_one_side_writes_without_end",),
+        "vm",
+    ),
+    Mutation(
         "B4",
         "the agent does not close the pipe that the host stopped reading",
         "guest/byre_guest/pumps.py",
@@ -529,6 +538,14 @@ MUTATIONS = (
         "host/byre/health.py",
         "if self._resting or late > INTERVAL:",
         "if True:",
+        (f"{HOST}::test_a_hung_guest_is_noticed_and_a_paused_one_is_not_called_hung",),
+    ),
+    Mutation(
+        "B48",
+        "a paused VM is probed",
+        "host/byre/health.py",
+        "        self._resting = True\n",
+        "        self._resting = False\n",
         (f"{HOST}::test_a_hung_guest_is_noticed_and_a_paused_one_is_not_called_hung",),
     ),
     Mutation(

@@ -91,6 +91,7 @@ class FakeGuest:
             "process.resize": self._nothing,
             "process.release": self._release,
             "process.list": lambda _: {"processes": [[p.id, p.id, p.args] for p in self.processes.values()]},
+            "container.list": lambda _: {"containers": []},
             "system.configure": lambda _: {"info": {}},
             "system.info": lambda _: {"info": {}},
             "system.stacks": lambda _: {"text": "a fake has no stacks"},

@@ -235,6 +235,7 @@ class UtilityVM(GuestProcessHost):
 
         Raises `ResourceExhausted` past the last place (B62).
         """
+        await self._bridge.call("container.list")  # with the first of such calls the agent loads the disks' drivers
         return await self._owner.attach_disk(_absolute(path))
 
     async def detach_disk(self, disk: DiskPlace) -> None:

@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 
 from byre import ProcessParameters
+from byre.streams import BridgeReader
+from byre_proto.limits import INITIAL_WINDOW
 
 from .test_process import SOON, read_all, read_until, shell
 
@@ -40,13 +42,15 @@ async def test_memory_is_bounded_while_one_side_writes_without_end(vm: Any) -> N
         await vm.create_process(ProcessParameters(args=["cat", "/dev/zero"], stdout=True)) as out,
         await vm.create_process(ProcessParameters(args=["sleep", "1000"], stdin=True)) as into,
     ):
-        writer = into.stdio.stdin
+        writer, unread = into.stdio.stdin, out.stdio.stdout
         assert writer is not None
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(3):
                 while True:
                     writer.write(bytes(65536))
                     await writer.drain()
+        assert isinstance(unread, BridgeReader)
+        assert unread.received <= INITIAL_WINDOW
         assert resident(os.getpid()) - before[0] < ROOM
         assert (await agent(vm))["memory"] - before[1]["memory"] < ROOM
         assert await out.signal(0), "it waits"
