@@ -37,7 +37,7 @@ SECTOR = 512
 #: A header that says zero setup sectors means this many (for kernels of long ago).
 DEFAULT_SETUP_SECTS = 4
 
-XZ, GZIP, ZSTD, LZ4_LEGACY = b"\xfd7zXZ\0", b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"\x02\x21\x4c\x18"
+XZ, GZIP, ZSTD = b"\xfd7zXZ\0", b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
 ELF = b"\x7fELF"
 #: What the kernel's makefiles append to every payload but gzip's: its uncompressed size.
 SIZE_TRAILER = 4
@@ -132,6 +132,4 @@ def _decompress(payload: bytes) -> bytes:
         raise BuildFailed(f"the kernel's payload cannot be decompressed: {error}") from error
     if payload.startswith(ZSTD):
         return tools.run([tools.find("zstd"), "-dcq"], stdin=payload[:-SIZE_TRAILER])
-    if payload.startswith(LZ4_LEGACY):
-        return tools.run([tools.find("lz4"), "-dcq"], stdin=payload[:-SIZE_TRAILER])
     raise BuildFailed(f"the kernel's payload has an unknown compression: {payload[:6].hex()}")

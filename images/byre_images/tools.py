@@ -23,7 +23,6 @@ PACKAGE_OF = {
     "dpkg-deb": "dpkg",
     "tar2sqfs": "squashfs-tools-ng",
     "zstd": "zstd",
-    "lz4": "lz4",
 }
 
 #: Where Debian keeps them; an ordinary user's PATH may lack the sbin directories.

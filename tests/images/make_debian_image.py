@@ -67,8 +67,8 @@ def _bootstrap(base: Path, full: Path) -> None:
         SUITE,
         str(full),
     ]
-    if os.geteuid() == 0:  # so that its mounts end with it, however it ends
-        command = ["unshare", "--mount", *command]
+    if os.geteuid() == 0:  # its mounts end with it, however it ends; a chroot cannot change the propagation
+        command = ["unshare", "--mount", "--propagation=unchanged", *command]
     environment = {**os.environ, "TMPDIR": str(base.parent)}
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment) as process:
         try:

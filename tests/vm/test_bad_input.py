@@ -25,7 +25,7 @@ pytestmark = pytest.mark.vm
 
 @pytest.fixture
 async def nothing_left() -> AsyncIterator[None]:
-    """No process, descriptor or temporary file more than before (asynchronous, so that the loop is there before)."""
+    """No process, descriptor or temporary file more than before (async, so that the loop was there before)."""
 
     def state() -> tuple[list[int], set[str], set[str]]:
         files = {name for name in os.listdir(tempfile.gettempdir()) if name.startswith(("byre", ".byre"))}
