@@ -27,6 +27,7 @@ demo: setup
 	$(BIN)/python -m examples.demo
 
 test: setup-test
+	@rm -rf $(RESULTS)
 	@$(BIN)/python -c 'import byre_images; byre_images.ensure(progress=print)'
 	@$(BIN)/python -m tests.images
 	$(BIN)/python -m pytest $(PYTEST_FLAGS)

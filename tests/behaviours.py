@@ -26,17 +26,21 @@ NUMBERS = (
 
 
 def collect() -> tuple[dict[str, dict[str, set[str]]], set[str]]:
-    """Number -> vehicle -> outcomes, and the vehicles of all recorded runs."""
-    found: dict[str, dict[str, set[str]]] = defaultdict(lambda: defaultdict(set))
+    """Number -> vehicle -> outcomes, and the vehicles of all recorded runs.  The last run of a test counts."""
+    newest: dict[str, dict[str, dict[str, str]]] = defaultdict(lambda: defaultdict(dict))
     ran: set[str] = set()
-    for file in sorted(RESULTS.glob("behaviours-*.json")):
+    for file in sorted(RESULTS.glob("behaviours-*.json"), key=lambda file: file.stat().st_mtime):
         run = file.stem.removeprefix("behaviours-").split("-")
         ran.update(run)
         for number, by_vehicle in json.loads(file.read_text()).items():
             for vehicle, tests in by_vehicle.items():
                 # A test that needs no vehicle (the protocol, say) holds for all that this run had.
                 for name in run if vehicle == "any" else [vehicle]:
-                    found[number][name].update(tests.values())
+                    newest[number][name].update(tests)
+    found: dict[str, dict[str, set[str]]] = defaultdict(lambda: defaultdict(set))
+    for number, by_vehicle in newest.items():
+        for vehicle, tests in by_vehicle.items():
+            found[number][vehicle].update(tests.values())
     return found, ran
 
 

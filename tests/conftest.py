@@ -22,8 +22,12 @@ RESULTS = Path(os.environ.get("BYRE_TEST_RESULTS", Path(__file__).parent.parent 
 ORDER = ("unit", "fuzz", "conformance", "image", "images", "vm")
 
 
+@pytest.hookimpl(tryfirst=True)  # before `-m vm` selects
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     root = Path(__file__).parent
+    for item in items:
+        if _vehicle(item) in vehicles.MACHINES:
+            item.add_marker("vm")
     elsewhere = [item for item in items if _vehicle(item) in _not_on(item)]
     if elsewhere:
         config.hook.pytest_deselected(items=elsewhere)
@@ -75,10 +79,16 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
 
 
 def pytest_sessionfinish() -> None:
-    if _shown:
-        RESULTS.mkdir(parents=True, exist_ok=True)
-        name = "-".join(vehicles.selected())
-        (RESULTS / f"behaviours-{name}.json").write_text(json.dumps(_shown, indent=1, sort_keys=True))
+    """Add this run to the record, so that a run of a few tests forgets no other; `make test` begins a new one."""
+    if not _shown:
+        return
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    file = RESULTS / f"behaviours-{'-'.join(vehicles.selected())}.json"
+    record = json.loads(file.read_text()) if file.exists() else {}
+    for number, by_vehicle in _shown.items():
+        for name, tests in by_vehicle.items():
+            record.setdefault(number, {}).setdefault(name, {}).update(tests)
+    file.write_text(json.dumps(record, indent=1, sort_keys=True))
 
 
 # -- hosts -------------------------------------------------------------------------------------------------
