@@ -22,10 +22,9 @@ MACHINES = ("vm", "user", "kvm")
 
 _NEEDS_VM = "needs a VM"
 _NEEDS_CGROUP = "containers need cgroup v2 and a kernel of their own: a VM"
-_LAYERS = "about files on the host alone: shown by the run that has `vm`"
 
 #: What cannot be shown on a vehicle, and why.  Everything else must be shown.
-NOT_SHOWN: dict[str, dict[str, str]] = {"local": {}, "sync": {}, "kvm": {"B63": _LAYERS}}
+NOT_SHOWN: dict[str, dict[str, str]] = {"local": {}, "sync": {}}
 for _vehicle in ("local", "sync"):
     NOT_SHOWN[_vehicle]["B13"] = _NEEDS_VM
     NOT_SHOWN[_vehicle].update({f"B{n}": _NEEDS_CGROUP for n in range(20, 31)})

@@ -225,7 +225,7 @@ def test_errors_arrive_as_their_class_and_leave_no_stream() -> None:
             with pytest.raises(ProgramNotFound, match="nothing"):
                 await client.run(["nothing"], capture_output=True)
             with pytest.raises(NotSupported):
-                await client.bridge.call("container.list")
+                await client.bridge.call("container.state", container="web")
             await until(lambda: not made.upstream.session.streams)
             assert not made.upstream.readers and not made.upstream.writers
 
