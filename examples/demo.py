@@ -10,10 +10,9 @@ import tempfile
 import time
 from pathlib import Path
 
-from examples.busybox_image import make_busybox_image
-
 import byre
 import byre_images
+from examples.busybox_image import make_busybox_image
 
 
 async def main() -> None:

@@ -10,6 +10,9 @@ import os
 import sys
 from importlib import import_module
 
+from .parser import parse
+from .status import OWN_ERROR, report
+
 TYPE_CHECKING = False  # the typing module is not needed to print a version
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -17,19 +20,25 @@ if TYPE_CHECKING:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit status.  The entry point of `byre` and of `python -m byre`."""
-    from .parser import parse
-    from .status import OWN_ERROR, report
-
     _occupy_standard_descriptors()
-    arguments = parse(sys.argv[1:] if argv is None else argv)
-    module, function = arguments.command.split(":")
     try:
-        status: int = getattr(import_module(f"{__name__}.{module}"), function)(arguments)
-        sys.stdout.flush()
+        try:
+            return _run(argv)
+        finally:
+            sys.stdout.flush()  # after --help too
     except BrokenPipeError:
         # Who read our own output (a list, a log) has enough of it; what is left in the buffer goes nowhere.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return OWN_ERROR
+
+
+def _run(argv: Sequence[str] | None) -> int:
+    arguments = parse(sys.argv[1:] if argv is None else argv)
+    module, function = arguments.command.split(":")
+    try:
+        status: int = getattr(import_module(f"{__name__}.{module}"), function)(arguments)
+    except BrokenPipeError:
+        raise
     except KeyboardInterrupt:
         return 130
     except Exception as error:
