@@ -34,8 +34,6 @@ _SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=d
 
 #: Without rtc, pit and pic an emulated microvm hangs at boot, calibrating its clocks (see `clock`).
 _MICROVM = "microvm,rtc=on,pit=on,pic=on"
-#: It has no PCI, and a kernel that looks for it complains on the console at each boot.
-_KERNEL_MICROVM = ("pci=off",)
 
 #: quiet: the emulated serial line is slow.  panic=-1 with -no-reboot: a panic ends the machine at once, its text
 #: being on the console.  reboot=t: by triple fault, which every machine type understands.
@@ -84,7 +82,7 @@ def choose_machine(wanted: str, accelerator: str, tsc_khz: int | None) -> tuple[
 
 def kernel_command_line(config: MachineConfig, choices: Choices, channel: str) -> str:
     """What the guest's kernel is told."""
-    words = [*_KERNEL, channel, *(_KERNEL_MICROVM if choices.machine == "microvm" else ())]
+    words = [*_KERNEL, channel]
     if choices.tsc_khz is not None:
         words += [f"tsc_early_khz={choices.tsc_khz}", *_KERNEL_EMULATED]
     if choices.machine == "microvm":
