@@ -9,6 +9,7 @@ _SLOW = "hundreds of processes or layers take minutes where the owner's Python i
 _CLIENT = "about programs beside the VM (keeper, command line), which do not see what carries the bridge"
 _IMAGE = "about the guest image, booted by a QEMU of the test's own; no accelerator or transport plays a part"
 _LAYERS = "about an image's layers, which reach the guest in the same way on every accelerator"
+_THERE = "about what the other vehicle has not, and this one has"
 
 #: Beginning of an id -> reason.
 EXCLUDED = {
@@ -16,6 +17,8 @@ EXCLUDED = {
     "tests/conformance/test_memory.py::test_a_thousand_unread": _SLOW,
     "tests/conformance/test_memory.py::test_many_processes_at_once_and_in_turn[VM/container]": _SLOW,
     "tests/image/": _IMAGE,
+    "tests/vm/test_bad_input.py::test_an_accelerator_that_is_required_and_not_there": _THERE,
+    "tests/vm/test_bad_input.py::test_a_transport_that_is_required_and_not_there": _THERE,
     "tests/vm/test_cli.py": _CLIENT,
     "tests/vm/test_keeper.py": _CLIENT,
     "tests/vm/test_images.py": _LAYERS,

@@ -96,7 +96,6 @@ async def test_too_little_memory(nothing_left: None) -> None:
     assert "memory" in str(caught.value)
 
 
-@pytest.mark.not_on("kvm")  # there it exists
 async def test_an_accelerator_that_is_required_and_not_there(nothing_left: None) -> None:
     if kvm_problem() is None:
         pytest.skip("KVM works on this host")
@@ -105,7 +104,6 @@ async def test_an_accelerator_that_is_required_and_not_there(nothing_left: None)
     assert explains(caught.value)
 
 
-@pytest.mark.not_on("kvm")  # there it exists
 async def test_a_transport_that_is_required_and_not_there(nothing_left: None) -> None:
     if Vsock.unavailable() is None:
         pytest.skip("vsock works on this host")
