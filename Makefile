@@ -4,7 +4,6 @@
 PYTHON   ?= /usr/bin/python3
 VENV     := .venv
 BIN      := $(VENV)/bin
-SUDO     := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 RESULTS  := test-results
 
 # System packages, each with its reason:

@@ -21,11 +21,10 @@ import time
 from pathlib import Path
 
 from .mutation_table import MUTATIONS, Mutation
+from .nested.userland import SOURCES
 
 ROOT = Path(__file__).resolve().parent.parent
 
-#: What the tests import and read.
-SOURCES = ("host", "guest", "bridge_proto", "images", "tests", "examples", "pyproject.toml", "README.md")
 SOURCE_ROOTS = ("host", "guest", "bridge_proto", "images")
 
 #: Of the cache, what takes long to make: packages, and what every guest image shares.  Images and layers are made
