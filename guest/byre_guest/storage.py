@@ -19,7 +19,10 @@ SCSI_DEVICES = "/sys/bus/scsi/devices"
 
 #: For a disk's last user to be gone: its namespaces may be on their way out.
 IDLE_TIMEOUT = 5.0
-IDLE_PAUSE = 0.01
+#: For a disk that is shown to be one that can be opened.
+OPEN_TIMEOUT = 5.0
+#: Between two looks.
+PAUSE = 0.01
 
 
 def find_disk(target: int, lun: int) -> str:
@@ -75,12 +78,25 @@ def _mount_layer(device: str, path: str, filesystem: str) -> str:
     try:
         need(filesystem)
         os.makedirs(path, exist_ok=True)
+        os.close(_open(device, os.O_RDONLY))
         linux.mount(device, path, filesystem, linux.MS_RDONLY | linux.MS_NODEV)
     except StorageFailed as error:
         return error.message
     except OSError as error:
         return f"{device} could not be mounted as {filesystem} on {path}: {error.strerror}"
     return ""
+
+
+def _open(device: str, flags: int) -> int:
+    """Open a disk; ENXIO is waited out: the kernel shows a disk in /dev a moment before it can be opened."""
+    deadline = monotonic() + OPEN_TIMEOUT
+    while True:
+        try:
+            return os.open(device, flags | os.O_CLOEXEC)
+        except OSError as error:
+            if error.errno != errno.ENXIO or monotonic() > deadline:
+                raise
+        sleep(PAUSE)
 
 
 def remove_layer(path: str, filesystem: str, target: int, lun: int) -> None:
@@ -115,7 +131,7 @@ def _wait_until_idle(device: str, path: str, filesystem: str) -> None:
     deadline = monotonic() + IDLE_TIMEOUT
     while True:
         try:
-            os.close(os.open(device, os.O_RDONLY | os.O_EXCL | os.O_CLOEXEC))
+            os.close(_open(device, os.O_RDONLY | os.O_EXCL))
             return
         except OSError as error:
             if error.errno != errno.EBUSY or not path:
@@ -123,4 +139,4 @@ def _wait_until_idle(device: str, path: str, filesystem: str) -> None:
             if monotonic() > deadline:
                 _mount_layer(device, path, filesystem)
                 raise DiskInUse(f"a namespace still has {device} mounted") from error
-        sleep(IDLE_PAUSE)
+        sleep(PAUSE)

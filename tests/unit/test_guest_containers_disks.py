@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -232,6 +233,22 @@ def test_a_disk_is_found_by_its_address(tmp_path: Path, monkeypatch: pytest.Monk
     assert storage.find_disk(1, 1) == "/dev/null"
     monkeypatch.setattr(storage, "SCSI_DEVICES", str(tmp_path / "none"))
     assert storage.find_disk(1, 1) == ""
+
+
+def test_a_disk_that_is_shown_and_cannot_yet_be_opened_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A FIFO that nobody reads gives the same ENXIO as a disk that the kernel is still adding."""
+    fifo = str(tmp_path / "disk")
+    os.mkfifo(fifo)
+    reader = threading.Thread(target=lambda: os.close(os.open(fifo, os.O_RDONLY)))
+    with monkeypatch.context() as patched:
+        patched.setattr(storage, "OPEN_TIMEOUT", 0)
+        with pytest.raises(OSError, match="No such device or address"):
+            storage._open(fifo, os.O_WRONLY | os.O_NONBLOCK)
+    monkeypatch.setattr(storage, "sleep", lambda _: reader.ident or reader.start())
+    os.close(storage._open(fifo, os.O_WRONLY | os.O_NONBLOCK))
+    reader.join()
 
 
 def test_uevents_can_be_heard() -> None:

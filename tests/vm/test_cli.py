@@ -281,8 +281,8 @@ def test_a_terminal_resizes_interrupts_and_passes_the_status_on(up: None, busybo
         while b"29 103" not in shown:
             terminal.type(b"stty size; echo now$((1+1))\n")
             shown = terminal.until(b"now2\r\n")
-        terminal.type(b"sleep 7654\n")
-        terminal.until(b"7654\r\n")
+        terminal.type(b"echo then$((3+4)); sleep 7654\n")
+        terminal.until(b"then7\r\n")  # not its echo: the prompt before it may still be on its way
         while b"# " not in terminal.shown(2):  # the first may come before the shell has started it
             terminal.type(b"\x03")
         terminal.type(b"exit 5\n")
