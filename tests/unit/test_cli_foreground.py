@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import contextlib
 import os
@@ -60,6 +61,11 @@ def ends(monkeypatch: pytest.MonkeyPatch) -> Iterator[Ends]:
     made.close(*vars(made))
 
 
+def asked(*, interactive: bool = False, tty: bool = False, timeout: float | None = None) -> argparse.Namespace:
+    """What the command line said."""
+    return argparse.Namespace(interactive=interactive, tty=tty, timeout=timeout)
+
+
 def execute(
     command: Command,
     *,
@@ -76,7 +82,7 @@ def execute(
             played = host.guest.processes[1]
             task = asyncio.create_task(during(played)) if during else None
             try:
-                return await foreground.attach(process, signals, kill=process.kill_tree, **options)
+                return await foreground.attach(process, signals, asked(**options), kill=process.kill_tree)
             finally:
                 if task is not None:
                     await task
@@ -158,7 +164,7 @@ def test_the_third_leaves_even_what_cannot_be_killed(ends: Ends) -> None:
 
             task = asyncio.create_task(interrupt())
             try:
-                return await foreground.attach(process, signals, kill=kill)
+                return await foreground.attach(process, signals, asked(), kill=kill)
             finally:
                 await task
                 await process.close()
@@ -246,7 +252,7 @@ def test_a_child_that_still_holds_the_stream_is_not_waited_for_without_end(
             process = await host.start_process(ProcessParameters(args=["it"], stdout=True))
             host.guest.bridge.tell("process.exit", {"process": 1, "code": 3, "signal": 0})
             try:
-                return await foreground.attach(process, signals, kill=process.kill_tree)
+                return await foreground.attach(process, signals, asked(), kill=process.kill_tree)
             finally:
                 await process.kill_tree()
                 await process.close()
@@ -258,7 +264,9 @@ def test_a_vm_that_is_lost_ends_it_with_our_error(ends: Ends) -> None:
     async def body(signals: foreground.Signals) -> int:
         async with asyncio.timeout(TIMEOUT), MemoryHost({"it": forever}) as host:
             process = await host.start_process(ProcessParameters(args=["it"], stdout=True))
-            attached: Coroutine[Any, Any, int] = foreground.attach(process, signals, kill=process.kill_tree)
+            attached: Coroutine[Any, Any, int] = foreground.attach(
+                process, signals, asked(), kill=process.kill_tree
+            )
             task = asyncio.create_task(attached)
             await asyncio.sleep(0)
             await host.guest.close()

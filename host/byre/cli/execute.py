@@ -35,14 +35,7 @@ async def _execute(arguments: argparse.Namespace, signals: foreground.Signals, a
         try:
             process = await host.start_process(parameters(arguments, args))
             try:
-                return await foreground.attach(
-                    process,
-                    signals,
-                    kill=process.kill_tree,
-                    interactive=arguments.interactive,
-                    tty=arguments.tty,
-                    timeout=arguments.timeout,
-                )
+                return await foreground.attach(process, signals, arguments, kill=process.kill_tree)
             finally:
                 await process.close()
         finally:

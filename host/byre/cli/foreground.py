@@ -21,6 +21,8 @@ from .passthrough import Output, pump_input
 from .status import TIMED_OUT, say
 
 if TYPE_CHECKING:
+    import argparse
+
     from byre.cow import ExitStatus
     from byre.process import GuestProcess
     from byre.streams import BridgeReader
@@ -116,18 +118,17 @@ def run(command: Callable[[Signals], Coroutine[Any, Any, int]]) -> int:
 async def attach(
     process: GuestProcess,
     signals: Signals,
+    arguments: argparse.Namespace,
     *,
     kill: Callable[[], Awaitable[object]],
     release: Callable[[], Awaitable[object]] | None = None,
-    interactive: bool = False,
-    tty: bool = False,
-    timeout: float | None = None,
 ) -> int:
-    """Connect us with a process until its end; its exit status.
+    """Connect us with a process until its end, as `-i`, `-t` and `--timeout` say; its exit status.
 
     kill     ends it with all that it started
     release  lets an init run that waits for us to be connected
     """
+    interactive, tty, timeout = arguments.interactive, arguments.tty, arguments.timeout
     outputs = [
         Output(cast("BridgeReader", stream), fd, close)
         for stream, fd, close in (

@@ -36,14 +36,7 @@ async def _foreground(arguments: argparse.Namespace, signals: foreground.Signals
             return await _container(arguments, signals, vm, own)
         process = await vm.start_process(parameters(arguments, arguments.command_line))
         try:
-            return await foreground.attach(
-                process,
-                signals,
-                kill=process.kill_tree,
-                interactive=arguments.interactive,
-                tty=arguments.tty,
-                timeout=arguments.timeout,
-            )
+            return await foreground.attach(process, signals, arguments, kill=process.kill_tree)
         finally:
             if not own:
                 await process.close()
@@ -58,13 +51,7 @@ async def _container(arguments: argparse.Namespace, signals: foreground.Signals,
         init = await container.start_process(None)
         try:
             status = await foreground.attach(
-                init,
-                signals,
-                kill=container.terminate,
-                release=container.start,
-                interactive=arguments.interactive,
-                tty=arguments.tty,
-                timeout=arguments.timeout,
+                init, signals, arguments, kill=container.terminate, release=container.start
             )
         finally:
             if not own:
