@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
@@ -109,14 +110,28 @@ def keep_console(vm: Any, request: pytest.FixtureRequest, name: str = "") -> Non
 
 
 @pytest.fixture(scope="session")
-async def vm(request: pytest.FixtureRequest) -> AsyncIterator[Any]:
-    """One VM for the whole session, for tests that leave it as they found it."""
+async def living_vm(request: pytest.FixtureRequest) -> AsyncIterator[Callable[[], Awaitable[Any]]]:
+    """One VM for the whole session, and another one when it has died: its death fails one test, not all."""
     import byre
 
-    async with byre.UtilityVM(**machine_options()) as machine:
-        yield machine
+    machines: list[Any] = []
+    async with AsyncExitStack() as stack:
+
+        async def living() -> Any:
+            if not machines or machines[-1].bridge.lost is not None:
+                machines.append(await stack.enter_async_context(byre.UtilityVM(**machine_options())))
+            return machines[-1]
+
+        yield living
         if request.session.testsfailed:
-            keep_console(machine, request, "session")
+            for number, machine in enumerate(machines):
+                keep_console(machine, request, f"session-{number}")
+
+
+@pytest.fixture
+async def vm(living_vm: Callable[[], Awaitable[Any]]) -> Any:
+    """The session's VM, for tests that leave it as they found it."""
+    return await living_vm()
 
 
 @pytest.fixture
