@@ -31,9 +31,9 @@ from __future__ import annotations
 
 import os
 import zlib
-from collections import deque
 
 from . import events, frames, limits
+from .deques import deque
 from .encoding import pack, text, unpack, unpack_fields
 from .errors import BY_CODE, ByreError, PermissionRefused, ResourceExhausted, from_wire, printable
 from .frames import HEADER_SIZE, FrameBuffer, LocalProtocolError, RemoteProtocolError

@@ -8,9 +8,8 @@ bounded by the peer's credit.
 
 from __future__ import annotations
 
-from collections import deque
-
 from . import frames, limits
+from .deques import deque
 from .encoding import pack, text
 from .replay import Replay
 

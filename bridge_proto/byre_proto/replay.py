@@ -6,8 +6,7 @@ on the wire.  ACK and HELLO carry how many the receiver has taken in.
 
 from __future__ import annotations
 
-from collections import deque
-
+from .deques import deque
 from .frames import RemoteProtocolError
 from .limits import FRAME_OVERHEAD, MAX_REPLAY
 

@@ -24,9 +24,8 @@ the stream on the opener's side without a frame.
 
 from __future__ import annotations
 
-from collections import deque
-
 from . import events, frames, limits, messages
+from .deques import deque
 from .encoding import pack, unpack_fields
 from .errors import (
     ByreError,

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
-
+from .deques import deque
 from .windows import ReceiveWindow, SendWindow, WindowPool
 
 #: Reasons that RESET and STOP carry.

@@ -1,6 +1,6 @@
 """Starts the agent: as PID 1 of a VM, or as an ordinary program.
 
-    python3 -I -S -E init.py              in the VM: PID 1 finds its channel itself
+    python3 -I -S -E agent.pyc            in the VM: PID 1 finds its channel itself
     python3 -m byre_guest --fd N          over an inherited socket, N
     python3 -m byre_guest --stdio         over stdin and stdout (SSH)
 
@@ -10,7 +10,6 @@ and takes the next connection; when it cannot go on, the VM ends, and the consol
 
 from __future__ import annotations
 
-import faulthandler
 import gc
 import os
 import sys
@@ -36,6 +35,9 @@ WATCHDOG_SECONDS = 20.0
 #: Between two attempts to reach the host by vsock, growing from the first to the second.
 REDIAL_SECONDS = (0.05, 2.0)
 
+#: As PID 1: how long after its start the agent settles, unless it has more to do than a first process before that.
+SETTLE_SECONDS = 1.0
+
 #: New objects before the collector runs.  It must run, for the cycles of ended processes; each run costs, though.
 GC_THRESHOLD = 5000
 
@@ -56,6 +58,8 @@ class Agent:
         self._channel: Channel | None = None
         self._dial: tuple[int, int] | None = None
         self._redial_in = REDIAL_SECONDS[0]
+        self._unsettled = {"system.configure", "process.create"}
+        self.server.before_request = self._before_request
         system, processes = System(self.logs, timeline), self.processes
         self.server.handlers.update(
             {
@@ -70,6 +74,28 @@ class Agent:
                 "process.list": processes.list,
             }
         )
+
+    def settle(self) -> None:
+        """Do what the first process of a VM does without: 0.2 s of an emulated boot.  Harmless when repeated."""
+        if self.server.before_request is None:
+            return
+        self.server.before_request = None
+        spawn.settle()
+        self.reaper.listen()
+        self.loop.watch_over = Watchdog().watch
+        linux.keep_freed_memory(KEPT_MEMORY)
+        if self.timeline is not None:
+            self.logs.follow_kernel(self.loop)
+        gc.freeze()  # what is there now stays: no need to look at it again
+        gc.set_threshold(GC_THRESHOLD)
+        gc.enable()  # off until here, in a VM
+
+    def _before_request(self, method: str) -> None:
+        """A VM's first request that is not one for identity or a process, or is the second such, settles it."""
+        if method in self._unsettled:
+            self._unsettled.remove(method)
+        else:
+            self.settle()
 
     def attach(self, channel: Channel, secret: bytes | None = None) -> None:
         """Serve the host at the other end of the channel."""
@@ -127,11 +153,6 @@ class Agent:
 
     def run(self) -> None:
         """Serve until the end."""
-        faulthandler.register(signals.SIGALRM, file=2, all_threads=False)
-        self.loop.watch_over = Watchdog().watch
-        linux.keep_freed_memory(KEPT_MEMORY)
-        gc.freeze()  # what is there now stays: no need to look at it again
-        gc.set_threshold(GC_THRESHOLD)
         self.loop.run()
 
     def close(self) -> None:
@@ -144,6 +165,9 @@ class Watchdog:
     """A timer that only a stuck round lets expire; its signal is handled in C and prints the stack (B49)."""
 
     def __init__(self) -> None:
+        import faulthandler
+
+        faulthandler.register(signals.SIGALRM, file=2, all_threads=False)
         self._set_until = 0.0  # setting it again costs more than asking the clock
 
     def watch(self, busy: bool) -> None:
@@ -176,6 +200,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     own_descriptors()
     os.umask(0o022)
     agent = Agent()
+    agent.settle()
     agent.attach(channel)
     try:
         agent.run()
@@ -192,16 +217,15 @@ def own_descriptors() -> None:
                 os.set_inheritable(int(name), False)
             except OSError:
                 pass  # the listing's own
-    spawn.raise_own_limits()
 
 
 def _run_init() -> NoReturn:
     try:
         timeline = init.Timeline()
         timeline.done("agent imported")
-        channel = init.early(timeline)
-        own_descriptors()
+        channel = init.channel(timeline)
         agent = Agent(timeline)
+        agent.processes.trees.use_cgroups(trees.VM_PROCESSES, f"{init.CGROUPS}/agent")
         kind, _, address = channel.partition(":")
         if kind == "vsock":
             cid, _, port = address.partition(":")
@@ -209,23 +233,13 @@ def _run_init() -> NoReturn:
         else:
             agent.attach(channels.open_port())
         timeline.done("channel open")
-        agent.loop.call_soon(lambda: _finish_init(agent, timeline))
+        agent.loop.call_later(SETTLE_SECONDS, agent.settle)
         agent.run()
         reason = "its loop has ended"
     except BaseException as error:
         reason = logs.describe(error)
     init.fatal(reason)
     sys.exit(1)
-
-
-def _finish_init(agent: Agent, timeline: init.Timeline) -> None:
-    try:
-        init.late(timeline)
-    except Exception as error:
-        init.fatal(logs.describe(error))
-    agent.processes.trees.use_cgroups(trees.VM_PROCESSES, f"{init.CGROUPS}/agent")
-    agent.logs.follow_kernel(agent.loop)
-    timeline.done("ready")
 
 
 if __name__ == "__main__":

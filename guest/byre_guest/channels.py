@@ -13,9 +13,10 @@ from __future__ import annotations
 import errno
 import os
 import select
-from collections import deque
 from itertools import islice
 from time import monotonic, sleep
+
+from byre_proto.deques import deque
 
 from .loop import EPOLLET, EPOLLIN, EPOLLOUT
 
@@ -176,8 +177,8 @@ def _ports() -> dict[str, str]:
     found = {}
     for entry in os.listdir(PORTS) if os.path.isdir(PORTS) else []:
         try:
-            with open(f"{PORTS}/{entry}/name", encoding="ascii", errors="replace") as file:
-                found[file.read().strip()] = entry
+            with open(f"{PORTS}/{entry}/name", "rb", buffering=0) as file:
+                found[file.read().decode("ascii", "replace").strip()] = entry
         except FileNotFoundError:
             pass  # its name comes after it
     return found

@@ -1,4 +1,4 @@
-"""System calls that Python lacks, through ctypes: all of the agent's ctypes is in this file.
+"""System calls that Python lacks, most through ctypes: all of the agent's ctypes is in this file.
 
 Rule: one block of constants, one of argument types, then wrappers of a few lines that raise `OSError` with the
 file that it was about.  No policy here, and nothing that keeps state.  Source: the man pages of section 2,
@@ -7,7 +7,6 @@ file that it was about.  No policy here, and nothing that keeps state.  Source: 
 
 from __future__ import annotations
 
-import ctypes
 import os
 import struct
 from fcntl import ioctl
@@ -15,6 +14,7 @@ from fcntl import ioctl
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable
+    from typing import Any
 
 # mount(2), umount2(2)
 MS_RDONLY = 1
@@ -79,6 +79,8 @@ SIGNALFD_SIGINFO_SIZE = 128
 M_TRIM_THRESHOLD = -1
 M_MMAP_THRESHOLD = -3
 
+HOSTNAME = "/proc/sys/kernel/hostname"
+
 _SYS_FINIT_MODULE = 313 if os.uname().machine == "x86_64" else 273
 _SYS_CLOSE_RANGE = 436
 _SYS_OPENAT2 = 437
@@ -96,22 +98,47 @@ CAPABILITIES = (
     "CAP_CHECKPOINT_RESTORE",
 )
 
-_c = ctypes.CDLL(None, use_errno=True)
-_c.mount.argtypes = (ctypes.c_char_p, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_ulong, ctypes.c_char_p)
-_c.umount2.argtypes = (ctypes.c_char_p, ctypes.c_int)
-_c.setns.argtypes = (ctypes.c_int, ctypes.c_int)
-_c.unshare.argtypes = (ctypes.c_int,)
-_c.prctl.argtypes = (ctypes.c_int, ctypes.c_ulong, ctypes.c_ulong, ctypes.c_ulong, ctypes.c_ulong)
-_c.reboot.argtypes = (ctypes.c_int,)
-_c.signalfd.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_int)
-_c.capset.argtypes = (ctypes.c_char_p, ctypes.c_char_p)
-_c.capget.argtypes = (ctypes.c_char_p, ctypes.c_char_p)
-_c.sethostname.argtypes = (ctypes.c_char_p, ctypes.c_size_t)
-_c.syscall.restype = ctypes.c_long
+_loaded: Any = None
+
+
+def _libc() -> Any:
+    """libc with the argument types of what is called below.
+
+    The first call imports ctypes: that takes 0.1 s of an emulated boot, and the first process needs none of it.
+    """
+    global _loaded
+    if _loaded is None:
+        import ctypes
+        from ctypes import c_char_p, c_int, c_ulong
+
+        c = ctypes.CDLL(None, use_errno=True)
+        c.mount.argtypes = (c_char_p, c_char_p, c_char_p, c_ulong, c_char_p)
+        c.umount2.argtypes = (c_char_p, c_int)
+        c.setns.argtypes = (c_int, c_int)
+        c.unshare.argtypes = (c_int,)
+        c.prctl.argtypes = (c_int, c_ulong, c_ulong, c_ulong, c_ulong)
+        c.reboot.argtypes = (c_int,)
+        c.signalfd.argtypes = (c_int, c_char_p, c_int)
+        c.capset.argtypes = (c_char_p, c_char_p)
+        c.capget.argtypes = (c_char_p, c_char_p)
+        c.syscall.restype = ctypes.c_long
+        _loaded = c
+    return _loaded
+
+
+def _syscall(number: int, *arguments: int | bytes) -> int:
+    """syscall(2), for what libc has no function for."""
+    from ctypes import c_long
+
+    longs = (c_long(value) if isinstance(value, int) else value for value in (number, *arguments))
+    result: int = _libc().syscall(*longs)
+    return result
 
 
 def _raise(*names: str | None) -> None:
-    number = ctypes.get_errno()
+    from ctypes import get_errno
+
+    number = get_errno()
     raise OSError(number, os.strerror(number), *names)
 
 
@@ -121,42 +148,41 @@ def keep_freed_memory(size: int) -> None:
     Otherwise every 64 KiB buffer is mapped, faulted in page by page and unmapped again: more than half of the time
     that carrying it takes, under emulation.  Source: mallopt(3); a libc without it is left as it is.
     """
-    if hasattr(_c, "mallopt"):
-        _c.mallopt(ctypes.c_int(M_TRIM_THRESHOLD), ctypes.c_int(size))
-        _c.mallopt(ctypes.c_int(M_MMAP_THRESHOLD), ctypes.c_int(size))
+    libc = _libc()
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(M_TRIM_THRESHOLD, size)
+        libc.mallopt(M_MMAP_THRESHOLD, size)
 
 
 def mount(source: str, target: str, filesystem: str, flags: int = 0, data: str = "") -> None:
     """mount(2).  `data` is the file system's options, at most 4 KiB."""
     encode = os.fsencode
-    if _c.mount(encode(source), encode(target), encode(filesystem), flags, encode(data)) < 0:
+    if _libc().mount(encode(source), encode(target), encode(filesystem), flags, encode(data)) < 0:
         _raise(source, None, target)
 
 
 def umount(target: str, flags: int = UMOUNT_NOFOLLOW) -> None:
     """umount2(2)."""
-    if _c.umount2(os.fsencode(target), flags) < 0:
+    if _libc().umount2(os.fsencode(target), flags) < 0:
         _raise(target)
 
 
 def setns(fd: int, kind: int = 0) -> None:
     """Enter the namespace (or those of the pidfd) `fd`; `kind` is CLONE_NEW*."""
-    if _c.setns(fd, kind) < 0:
+    if _libc().setns(fd, kind) < 0:
         _raise()
 
 
 def unshare(flags: int) -> None:
     """Leave the shared namespaces named by CLONE_NEW*."""
-    if _c.unshare(flags) < 0:
+    if _libc().unshare(flags) < 0:
         _raise()
 
 
 def openat2(path: str, flags: int, resolve: int, *, dir_fd: int = AT_FDCWD, mode: int = 0) -> int:
     """Open with RESOLVE_* rules, e.g. RESOLVE_IN_ROOT below `dir_fd`; the descriptor is close-on-exec."""
     how = struct.pack("=QQQ", flags | os.O_CLOEXEC, mode, resolve)
-    fd: int = _c.syscall(
-        ctypes.c_long(_SYS_OPENAT2), ctypes.c_long(dir_fd), os.fsencode(path), how, ctypes.c_long(len(how))
-    )
+    fd = _syscall(_SYS_OPENAT2, dir_fd, os.fsencode(path), how, len(how))
     if fd < 0:
         _raise(path)
     return fd
@@ -164,20 +190,20 @@ def openat2(path: str, flags: int, resolve: int, *, dir_fd: int = AT_FDCWD, mode
 
 def finit_module(fd: int, parameters: str = "") -> None:
     """Load the (uncompressed) kernel module in the open file `fd`."""
-    if _c.syscall(ctypes.c_long(_SYS_FINIT_MODULE), ctypes.c_long(fd), parameters.encode(), ctypes.c_long(0)) < 0:
+    if _syscall(_SYS_FINIT_MODULE, fd, parameters.encode(), 0) < 0:
         _raise()
 
 
 def close_range(first: int, last: int) -> None:
     """Close the descriptors from `first` to `last`, both included, in one call.  Since Linux 5.9."""
     last = last if last >= 0 else 0xFFFFFFFF
-    if _c.syscall(ctypes.c_long(_SYS_CLOSE_RANGE), ctypes.c_long(first), ctypes.c_long(last), ctypes.c_long(0)) < 0:
+    if _syscall(_SYS_CLOSE_RANGE, first, last, 0) < 0:
         _raise()
 
 
 def prctl(option: int, arg2: int = 0, arg3: int = 0, arg4: int = 0, arg5: int = 0) -> int:
     """prctl(2)."""
-    result: int = _c.prctl(option, arg2, arg3, arg4, arg5)
+    result: int = _libc().prctl(option, arg2, arg3, arg4, arg5)
     if result < 0:
         _raise()
     return result
@@ -201,14 +227,16 @@ def capset(effective: int, permitted: int, inheritable: int) -> None:
     """Set the calling process's capability sets from bit masks."""
     sets = (effective, permitted, inheritable)
     low, high = ([s & 0xFFFFFFFF for s in sets], [s >> 32 for s in sets])
-    if _c.capset(struct.pack("=Ii", _CAP_VERSION_3, 0), struct.pack("=6I", *low, *high)) < 0:
+    if _libc().capset(struct.pack("=Ii", _CAP_VERSION_3, 0), struct.pack("=6I", *low, *high)) < 0:
         _raise()
 
 
 def capget() -> tuple[int, int, int]:
     """`(effective, permitted, inheritable)` of the calling process as bit masks."""
-    data = ctypes.create_string_buffer(24)
-    if _c.capget(struct.pack("=Ii", _CAP_VERSION_3, 0), data) < 0:
+    from ctypes import create_string_buffer
+
+    data = create_string_buffer(24)
+    if _libc().capget(struct.pack("=Ii", _CAP_VERSION_3, 0), data) < 0:
         _raise()
     words = struct.unpack("=6I", data.raw)
     return words[0] | words[3] << 32, words[1] | words[4] << 32, words[2] | words[5] << 32
@@ -223,22 +251,24 @@ def last_capability() -> int:
 def signalfd(signals: Iterable[int]) -> int:
     """A non-blocking descriptor that reports these (blocked) signals, SIGNALFD_SIGINFO_SIZE bytes each."""
     mask = sum(1 << (number - 1) for number in signals)
-    fd: int = _c.signalfd(-1, struct.pack("=Q", mask) + bytes(120), SFD_NONBLOCK | SFD_CLOEXEC)
+    fd: int = _libc().signalfd(-1, struct.pack("=Q", mask) + bytes(120), SFD_NONBLOCK | SFD_CLOEXEC)
     if fd < 0:
         _raise()
     return fd
 
 
 def sethostname(name: str) -> None:
-    """Set the host name of the UTS namespace."""
-    raw = name.encode()
-    if _c.sethostname(raw, len(raw)) < 0:
-        _raise()
+    """Set the host name of the UTS namespace.  By its file, which needs no ctypes."""
+    fd = os.open(HOSTNAME, os.O_WRONLY | os.O_CLOEXEC)
+    try:
+        os.write(fd, name.encode())
+    finally:
+        os.close(fd)
 
 
 def reboot(command: int) -> None:
     """RB_AUTOBOOT, RB_POWER_OFF or RB_DISABLE_CAD.  Does not sync."""
-    if _c.reboot(ctypes.c_int(command & 0xFFFFFFFF).value) < 0:
+    if _libc().reboot(command) < 0:
         _raise()
 
 

@@ -9,7 +9,7 @@ handed to `on_error` and the loop goes on.  The loop sleeps until something happ
 
 from __future__ import annotations
 
-import heapq
+import _heapq as heapq  # without what the standard library adds in Python
 import select
 from time import monotonic
 

@@ -14,11 +14,11 @@ from __future__ import annotations
 
 import errno
 import os
-from collections import deque
 from fcntl import fcntl
 from itertools import islice
 
 from byre_proto import events, limits
+from byre_proto.deques import deque
 from byre_proto.streams import REASON_NONE, REASON_PROCESS_GONE
 
 from .loop import EPOLLERR, EPOLLET, EPOLLHUP, EPOLLIN, EPOLLOUT

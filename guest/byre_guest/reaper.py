@@ -47,8 +47,11 @@ class Reaper:
         self._watched: dict[int, tuple[int, Callable[[int], object]]] = {}
         self._kept: dict[int, int] = {}
         signals.pthread_sigmask(signals.SIG_BLOCK, BLOCKED)
+
+    def listen(self) -> None:
+        """Take signals, and the orphans.  What came before has waited: nothing is lost by doing this late."""
         self._signals = linux.signalfd(BLOCKED)
-        loop.add(self._signals, EPOLLIN, self._on_signals)
+        self._loop.add(self._signals, EPOLLIN, self._on_signals)
         linux.prctl(linux.PR_SET_CHILD_SUBREAPER, 1)
 
     def watch(self, pid: int, done: Callable[[int], object]) -> None:

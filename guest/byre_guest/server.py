@@ -103,6 +103,7 @@ class Server:
         self.logs = logs
         self.processes = processes
         self.handlers: dict[str, Handler] = {}
+        self.before_request: Callable[[str], object] | None = None  # called with each one's method
         self.calls: dict[int, Call] = {}
         self._on_drop = on_drop
         self._channel: Channel | None = None
@@ -214,6 +215,8 @@ class Server:
     def _on_request(self, request: events.RequestReceived) -> None:
         call = self.calls[request.call] = Call(self, request)
         try:
+            if self.before_request is not None:
+                self.before_request(request.method)
             handler = self._handler(request.method, request.arguments)
             handler(call, request.arguments)
         except ByreError as error:

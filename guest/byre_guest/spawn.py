@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import errno
 import os
-import resource
 
 from byre_proto.errors import (
     ByreError,
@@ -40,19 +39,31 @@ if TYPE_CHECKING:
 #: Where programs are looked for when the environment has no PATH.
 DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
-#: Limits by the names that OCI uses (getrlimit(2)).
-RLIMITS = {name: getattr(resource, name) for name in dir(resource) if name.startswith("RLIMIT_")}
-
 #: Longest report of a child: step, errno, a name.
 MAX_REPORT = 4096
 
-#: The soft limit of open files that programs get; the agent raises its own.
-_ORIGINAL_FILES = resource.getrlimit(resource.RLIMIT_NOFILE)
+#: The limits of open files, soft and hard, that programs get; None until the agent has raised its own.
+_files: tuple[int, int] | None = None
 
 
-def raise_own_limits() -> None:
-    """Let the agent hold as many descriptors as the kernel allows it: three pipes and more per process."""
-    resource.setrlimit(resource.RLIMIT_NOFILE, (_ORIGINAL_FILES[1], _ORIGINAL_FILES[1]))
+def settle() -> None:
+    """Let the agent hold as many descriptors as the kernel allows it: three pipes and more per process.
+
+    From now on somebody else may have changed this machine.
+    """
+    global _files
+    import resource  # an extension module of its own: not for the first process
+
+    if _files is None:
+        _files = resource.getrlimit(resource.RLIMIT_NOFILE)
+        _limit_files(_files[1])
+
+
+def _limit_files(soft: int) -> None:
+    import resource
+
+    if _files is not None:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, _files[1]))
 
 
 class Plan:
@@ -68,7 +79,7 @@ class Plan:
         self.user: str = arguments["user"]
         self.groups: list[int] = arguments["additional_gids"]
         self.no_new_privileges: bool = arguments["no_new_privileges"]
-        self.rlimits = [(resource.RLIMIT_NOFILE, _ORIGINAL_FILES), *map(_rlimit, arguments["rlimits"])]
+        self.rlimits = [*map(_rlimit, arguments["rlimits"])]
         names = arguments["capabilities"]
         #: Whether `quick` may try.
         self.plain = not (
@@ -107,9 +118,12 @@ def _candidates(program: str, path: str) -> list[str]:
 
 
 def _rlimit(entry: Any) -> tuple[int, tuple[int, int]]:
+    import resource
+
     try:
         name, soft, hard = entry
-        return RLIMITS[name], (int(soft), int(hard))
+        limits = {name: getattr(resource, name) for name in dir(resource) if name.startswith("RLIMIT_")}
+        return limits[name], (int(soft), int(hard))
     except (KeyError, TypeError, ValueError):
         raise InvalidRequest(
             f"{entry!r} is not a limit", hint='give ["RLIMIT_NOFILE", soft, hard]', field="rlimits"
@@ -125,11 +139,11 @@ def quick(plan: Plan, stdio: list[int], terminal: bool) -> int:
     if not path:
         return 0
     actions: list[tuple[Any, ...]] = [(os.POSIX_SPAWN_DUP2, fd, number) for number, fd in enumerate(stdio)]
-    soft_limit = resource.getrlimit(resource.RLIMIT_NOFILE)
     try:
         if terminal:  # a session's leader gets the first terminal that it opens
             actions[0] = (os.POSIX_SPAWN_OPEN, 0, os.ttyname(stdio[0]), os.O_RDWR, 0)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (_ORIGINAL_FILES[0], soft_limit[1]))
+        if _files is not None:
+            _limit_files(_files[0])
         return os.posix_spawn(
             path,
             plan.args,
@@ -142,14 +156,21 @@ def quick(plan: Plan, stdio: list[int], terminal: bool) -> int:
     except (OSError, NotImplementedError):
         return 0  # the report of `fork` says what is wrong
     finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, soft_limit)
+        if _files is not None:
+            _limit_files(_files[1])
 
 
 def _on_root(paths: list[str]) -> str:
-    """The first of `paths` that exists, if all that was looked through is the root file system itself; or ""."""
+    """The first of `paths` that exists, if all that was looked through is the root file system itself; or "".
+
+    For the first process of a VM any will do: what init has mounted does not block.
+    """
     for path in paths:
         try:
-            os.close(linux.openat2(path, os.O_PATH, linux.RESOLVE_NO_XDEV))
+            if _files is None:
+                os.stat(path)
+            else:
+                os.close(linux.openat2(path, os.O_PATH, linux.RESOLVE_NO_XDEV))
         except (FileNotFoundError, NotADirectoryError):
             continue
         except OSError:
@@ -176,8 +197,10 @@ def _child(plan: Plan, stdio: list[int], terminal: bool, report: int) -> None:
         for target, fd in enumerate(stdio):
             os.dup2(fd, target)
         step = "rlimits"
-        for limit, values in plan.rlimits:
-            resource.setrlimit(limit, values)
+        if _files is not None:
+            _limit_files(_files[0])
+        if plan.rlimits:
+            _set_limits(plan)
         if plan.capabilities is not None:
             step = "capabilities"
             _drop_bounding(plan.capabilities)
@@ -206,6 +229,13 @@ def _child(plan: Plan, stdio: list[int], terminal: bool, report: int) -> None:
         detail = repr(error)
     os.write(report, f"{step}\0{number}\0{detail}".encode(errors="replace")[:MAX_REPORT])
     os._exit(255)
+
+
+def _set_limits(plan: Plan) -> None:
+    import resource
+
+    for limit, values in plan.rlimits:
+        resource.setrlimit(limit, values)
 
 
 def _become(plan: Plan) -> None:

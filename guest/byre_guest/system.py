@@ -6,7 +6,6 @@ that fails, fails the call: a clone with its template's random numbers must not 
 
 from __future__ import annotations
 
-import faulthandler
 import os
 import sys
 from time import CLOCK_BOOTTIME, CLOCK_REALTIME, clock_gettime, clock_settime_ns
@@ -116,6 +115,8 @@ def set_machine_id(machine_id: str) -> None:
 
 def own_stack() -> str:
     """Where the agent's Python is."""
+    import faulthandler
+
     fd = os.memfd_create("stack")
     try:
         faulthandler.dump_traceback(fd, all_threads=False)

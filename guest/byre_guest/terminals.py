@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import struct
-import termios
 from fcntl import ioctl
 
 from byre_proto.errors import InvalidRequest
@@ -43,11 +42,15 @@ def resize(master: int, width: int, height: int) -> None:
         raise InvalidRequest(
             f"a terminal of {width} x {height} characters is not possible", hint=f"give 1 to {MAX_SIZE} of each"
         )
+    import termios  # in each function that needs it: most VMs never have a terminal
+
     ioctl(master, termios.TIOCSWINSZ, struct.pack("HHHH", height, width, 0, 0))
 
 
 def make_controlling(slave: int) -> None:
     """In a new session's leader: make `slave` its controlling terminal."""
+    import termios
+
     ioctl(slave, termios.TIOCSCTTY, 0)
 
 
@@ -57,6 +60,8 @@ def end_of_file(master: int, last: bytes) -> bytes:
     In canonical mode the character ends a *read*: after an unfinished line the first one only hands it over, and
     a second one is the end of the file.  A program in raw mode sees the character itself, as when typed.
     """
+    import termios
+
     modes = termios.tcgetattr(master)
     character: bytes = modes[_CC][termios.VEOF]
     if modes[_LFLAG] & termios.ICANON and last not in (b"", b"\n", b"\r", character):

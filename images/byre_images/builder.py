@@ -177,7 +177,6 @@ def _make_image(
         tree.merge(stream, lambda path: True)
     for path, data in rootfs.agent_files(tree, agent).items():
         tree.file(path, data)
-    tree.link(f"{rootfs.AGENT}/msgpack", "../python3/dist-packages/msgpack")
     packed = io.BytesIO()
     tree.write(packed)
     tools.run([tools.find("tar2sqfs"), "-q", "-s", "-c", COMPRESSION, directory / ROOT], stdin=packed.getvalue())

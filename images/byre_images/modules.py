@@ -15,12 +15,13 @@ from pathlib import PurePosixPath
 from . import tools
 from .errors import BuildFailed
 
-#: What the initramfs loads to reach the root file system, in this order (each after what it depends on).
-BOOT = ("virtio_mmio", "virtio_pci", "virtio_blk", "squashfs")
+#: What the initramfs loads to reach the root file system and the channel that most VMs have, in this order (each
+#: after what it depends on).
+BOOT = ("virtio_mmio", "virtio_pci", "virtio_blk", "squashfs", "virtio_console")
 
 #: What the agent, containers and a nested byre may ask for.
 GUEST = (
-    *("virtio_console", "virtio_scsi", "sd_mod", "virtio_rng", "virtio_net", "virtio_balloon"),
+    *("virtio_scsi", "sd_mod", "virtio_rng", "virtio_net", "virtio_balloon"),
     *("vsock", "vmw_vsock_virtio_transport", "vhost_vsock", "kvm", "kvm_amd", "kvm_intel", "qemu_fw_cfg"),
     *("erofs", "overlay", "ext4", "loop", "fuse", "virtiofs", "9p", "9pnet_fd", "9pnet_virtio"),
     *("crc32c_generic", "crc32c_intel"),  # ext4 asks the crypto layer for it by alias

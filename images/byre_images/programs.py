@@ -45,7 +45,9 @@ def python_version(tree: Tree) -> str:
 
 
 def bytecode(tree: Tree, sources: dict[str, bytes]) -> dict[str, bytes]:
-    """Bytecode of `sources` ({path in the guest, without leading slash: text}), by the path where it belongs."""
+    """Bytecode of `sources` ({path in the guest, without leading slash: text}), by the path where it belongs, in
+    the order of the sources' sorted paths.
+    """
     version = python_version(tree)
     with _extracted(tree, f"usr/bin/python{version}", f"usr/lib/python{version}/", f"{LIBRARIES}/") as home:
         output = tools.run(

@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from . import licences, programs, tools
+from . import bundle, licences, programs, tools
 from .kernel import KernelPackage
 from .modules import indexes
 from .tree import Tree
@@ -69,16 +69,6 @@ LINKS = {
     "etc/machine-id": "../run/machine-id",
     "var/run": "../run",
 }
-
-AGENT = "usr/lib/byre"
-INIT = """\
-import sys
-
-sys.path.insert(0, "/usr/lib/byre")
-from byre_guest.__main__ import main
-
-main()
-"""
 
 
 def base(
@@ -148,10 +138,11 @@ def add_applets(tree: Tree) -> None:
 
 
 def agent_files(tree: Tree, agent: dict[str, bytes]) -> dict[str, bytes]:
-    """Everything below /usr/lib/byre, by path in the guest: `agent` (by path below there), init.py, bytecode."""
-    sources = {f"{AGENT}/{path}": data for path, data in {**agent, "init.py": INIT.encode()}.items()}
-    python = {path: data for path, data in sources.items() if path.endswith(".py")}
-    return {**sources, **programs.bytecode(tree, python)}
+    """Everything below /usr/lib/byre, by path in the guest: what runs, and `agent`, its sources, to be read."""
+    return {
+        **{f"{bundle.AGENT}/{path}": data for path, data in agent.items()},
+        bundle.FILE: bundle.build(tree, agent),
+    }
 
 
 def sources_below(directory: Path) -> dict[str, bytes]:

@@ -101,6 +101,7 @@ from byre_proto.errors import ByreError, StorageFailed, StartFailed
 def fail(error): raise error
 loop = Loop(fail)
 reaper = Reaper(loop, lambda number: None)
+reaper.listen()
 before = len(os.listdir("/proc/self/fd"))
 answers = []
 def answer(*values):

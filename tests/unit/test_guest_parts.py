@@ -63,24 +63,6 @@ def test_a_module_that_cannot_be_loaded_is_named(tmp_path: Path) -> None:
         modules.load("bad", directory=str(tmp_path))
 
 
-def test_the_agent_keeps_a_reserve_of_the_memory(tmp_path: Path) -> None:
-    for name in ("processes", "containers", "agent"):
-        (tmp_path / name).mkdir()
-    files = [tmp_path / "cgroup.subtree_control", tmp_path / "containers/cgroup.subtree_control"]
-    files += [tmp_path / "processes/memory.max", tmp_path / "containers/memory.max"]
-    files += [tmp_path / "agent/memory.min", tmp_path / "agent/cgroup.procs"]
-    for file in files:
-        file.touch()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(init.os, "mkdir", lambda _path: None)
-        init.set_up_cgroups(str(tmp_path))
-    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    for name in ("processes", "containers"):
-        assert int((tmp_path / name / "memory.max").read_text()) == total - init.RESERVE
-    assert int((tmp_path / "agent/memory.min").read_text()) == init.AGENT_MINIMUM
-    assert (tmp_path / "agent/cgroup.procs").read_text() == "1"
-
-
 # -- identity ----------------------------------------------------------------------------------------------
 
 

@@ -170,6 +170,7 @@ def test_a_stuck_loop_shows_its_stack() -> None:
 import byre_guest.__main__ as agent, time
 agent.WATCHDOG_SECONDS = 0.05
 one = agent.Agent()
+one.settle()
 def stuck_here():
     end = time.monotonic() + 0.2
     while time.monotonic() < end:

@@ -1,0 +1,11 @@
+"""`collections.deque`, from the C module that it lives in: `collections` itself costs a guest's boot 60 ms."""
+
+from __future__ import annotations
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections import deque
+else:
+    from _collections import deque
+
+__all__ = ["deque"]
