@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+from collections.abc import AsyncIterator
 from types import TracebackType
 from typing import Any, NamedTuple
 
@@ -92,6 +93,56 @@ class SyncProcess:
         await _blocking(self._process.__exit__, kind, error, trace)
 
 
+class _Opened:
+    """A reader or writer of a file."""
+
+    def __init__(self, opened: Any) -> None:
+        self._opened = opened
+
+    async def __aenter__(self) -> _Opened:
+        await _blocking(self._opened.__enter__)
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await _blocking(self._opened.__exit__, kind, error, trace)
+
+    async def read(self, n: int = -1) -> bytes:
+        data: bytes = await _blocking(self._opened.read, n)
+        return data
+
+    async def write(self, data: bytes) -> None:
+        await _blocking(self._opened.write, data)
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        for piece in await _blocking(list, self._opened):
+            yield piece
+
+
+class SyncFiles:
+    """`byre.sync`'s files."""
+
+    def __init__(self, files: Any) -> None:
+        self._files = files
+
+    def open_read(self, *arguments: Any, **options: Any) -> _Opened:
+        return _Opened(self._files.open_read(*arguments, **options))
+
+    def open_write(self, *arguments: Any, **options: Any) -> _Opened:
+        return _Opened(self._files.open_write(*arguments, **options))
+
+    async def walk(self, path: Any) -> AsyncIterator[Any]:
+        for entry in await _blocking(lambda: list(self._files.walk(path))):
+            yield entry
+
+    def __getattr__(self, name: str) -> Any:
+        async def call(*arguments: Any, **options: Any) -> Any:
+            return await _blocking(getattr(self._files, name), *arguments, **options)
+
+        return call
+
+
 class SyncHost:
     """`byre.sync.LocalHost` as a `ProcessHost` with `run`."""
 
@@ -100,6 +151,10 @@ class SyncHost:
 
     async def create_process(self, config: Any) -> SyncProcess:
         return SyncProcess(await _blocking(self._host.create_process, config))
+
+    @property
+    def files(self) -> SyncFiles:
+        return SyncFiles(self._host.files)
 
     async def run(self, *arguments: Any, **options: Any) -> Any:
         return await _blocking(self._host.run, *arguments, **options)

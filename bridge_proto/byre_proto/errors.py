@@ -160,6 +160,54 @@ class StorageFailed(ByreError, OSError):
     code = "storage-failed"
 
 
+class FileFailed(ByreError, OSError):
+    """A file operation failed; ``data["path"]`` has the path, ``data["errno"]`` the kernel's number."""
+
+    code = "file-failed"
+
+
+class PathNotFound(FileFailed, FileNotFoundError):
+    """The path, or a directory on the way to it, does not exist."""
+
+    code = "path-not-found"
+
+
+class PathExists(FileFailed, FileExistsError):
+    """The path exists, and was not to."""
+
+    code = "path-exists"
+
+
+class PathIsDirectory(FileFailed, IsADirectoryError):
+    """The path is a directory where a file was expected."""
+
+    code = "path-is-directory"
+
+
+class PathNotDirectory(FileFailed, NotADirectoryError):
+    """The path, or something on the way to it, is not a directory."""
+
+    code = "path-not-directory"
+
+
+class PathRefused(FileFailed):
+    """A path, or an entry of what is copied, that leads out of where it belongs, or cannot be held there (B65)."""
+
+    code = "path-refused"
+
+
+class NoSpace(FileFailed):
+    """The file system is full, or its owner's quota is; what was being written is gone again (B64)."""
+
+    code = "no-space"
+
+
+class ReadOnlyFiles(FileFailed):
+    """The file system is read-only."""
+
+    code = "read-only"
+
+
 def _table() -> dict[str, type[ByreError]]:
     found: dict[str, type[ByreError]] = {}
     todo: list[type[ByreError]] = [ByreError]

@@ -72,6 +72,18 @@ METHODS: dict[str, tuple[dict[str, tuple[Any, ...]], dict[str, tuple[Any, ...]]]
     "process.release": ({"process": ("int",)}, {}),
     "process.wait": ({"process": ("int",)}, _EXIT),
     "process.list": ({}, {"processes": ("[any]",)}),
+    # A process that runs an operation of the agent on files where `container` says; its streams: records.py.
+    "files.start": (
+        {
+            "container": ("str", ""),
+            "stdin": ("int", 0),
+            "stdout": ("int", 0),
+            "operation": ("str",),
+            "path": ("str",),
+            "options": ("{any}", {}),
+        },
+        {"process": ("int",), "pid": ("int",)},
+    ),
     "disk.mount": (
         {"target": ("int",), "lun": ("int",), "filesystem": ("str", "squashfs")},
         {"layer": ("str",)},

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
     from .containers import Containers
     from .execs import Exec
+    from .files import ContainerFiles
     from .processes import Process
     from .server import Call
 
@@ -69,6 +70,7 @@ class Container:
         self.failure: ByreError | None = None
         self.log = Ring(owner.loop)
         self.execs: set[Exec] = set()  # on their way, or running
+        self._files: ContainerFiles | None = None  # operations on them
         self._waiters: list[Call] = []
         self._deletions: list[Call] = []
         self._watches = Watches(owner.loop, self.cgroup)
@@ -273,8 +275,24 @@ class Container:
         elif self.state != "deleting":
             self.terminate()
 
+    def start_files(self, call: Call, arguments: dict[str, Any]) -> None:
+        """`files.start`, from its making to its end: stopped, it has what its layers and its scratch have."""
+        if self.state == "deleting":
+            raise self.not_ready("is being deleted")
+        if self._files is None:
+            from .files import ContainerFiles
+
+            self._files = ContainerFiles(self.owner.loop, self.owner.processes, f"{bundle.path_of(self.id)}/rootfs")
+        self._files.start(call, arguments, self.init)
+
     def _dispose(self) -> None:
         self.state = "deleting"
+        if self._files is None:
+            self._dispose_now()
+        else:
+            self._files.end(self._dispose_now)
+
+    def _dispose_now(self) -> None:
         if self.init is None and self.failure is None:  # the runtime has never heard of it
             self._remove(self._deleted)
             return

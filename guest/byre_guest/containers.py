@@ -2,6 +2,7 @@
 
     handlers(server)                the methods of both, for the server's table
     create_process_in_container     `process.create` with a container
+    start_files_in_container        `files.start` with a container
 
 Rule: a handler checks and hands on; what may block is in helper children (`bundle`, `storage`), what a container
 is at the moment in `container`.  Where there is no cgroup version 2, everything is refused with the reason.
@@ -38,8 +39,9 @@ _ID_CHARACTERS = _ALPHANUMERIC | frozenset("_.-")
 #: Signals are 1 to 64; 0 would probe, not stop.
 MAX_SIGNAL = 64
 
-#: The key under which the handler of `process.create` in a container stands beside the methods.
+#: The keys under which the handlers of what is done in a container stand beside the methods.
 CREATE_PROCESS = "process.create in a container"
+START_FILES = "files.start in a container"
 
 _tables: dict[Server, dict[str, Handler]] = {}
 
@@ -59,6 +61,11 @@ def handlers(server: Server) -> dict[str, Handler]:
 def create_process_in_container(call: Call, arguments: dict[str, Any]) -> None:
     """`process.create` where `container` is not ""."""
     handlers(call.server)[CREATE_PROCESS](call, arguments)
+
+
+def start_files_in_container(call: Call, arguments: dict[str, Any]) -> None:
+    """`files.start` where `container` is not ""."""
+    handlers(call.server)[START_FILES](call, arguments)
 
 
 def check_id(name: str) -> None:
@@ -108,6 +115,7 @@ class Containers:
             "container.update": self._update,
             "container.log": self._log,
             CREATE_PROCESS: self._create_process,
+            START_FILES: lambda call, arguments: self._find(arguments).start_files(call, arguments),
         }
 
     def forget(self, container: Container) -> None:
@@ -228,4 +236,4 @@ def _refusals(reason: str) -> dict[str, Handler]:
         )
 
     names = [name for name in messages.METHODS if name.startswith(("container.", "disk."))]
-    return dict.fromkeys([*names, CREATE_PROCESS], refuse)
+    return dict.fromkeys([*names, CREATE_PROCESS, START_FILES], refuse)

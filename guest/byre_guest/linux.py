@@ -75,6 +75,9 @@ SFD_NONBLOCK = 0o4000
 SFD_CLOEXEC = 0o2000000
 SIGNALFD_SIGINFO_SIZE = 128
 
+# statfs(2): the structure is smaller everywhere
+STATFS_SIZE = 256
+
 # mallopt(3)
 M_TRIM_THRESHOLD = -1
 M_MMAP_THRESHOLD = -3
@@ -121,6 +124,7 @@ def _libc() -> Any:
         c.signalfd.argtypes = (c_int, c_char_p, c_int)
         c.capset.argtypes = (c_char_p, c_char_p)
         c.capget.argtypes = (c_char_p, c_char_p)
+        c.fstatfs.argtypes = (c_int, c_char_p)
         c.syscall.restype = ctypes.c_long
         _loaded = c
     return _loaded
@@ -186,6 +190,17 @@ def openat2(path: str, flags: int, resolve: int, *, dir_fd: int = AT_FDCWD, mode
     if fd < 0:
         _raise(path)
     return fd
+
+
+def filesystem_type(fd: int) -> int:
+    """f_type of fstatfs(2), a magic number of `linux/magic.h`."""
+    from ctypes import create_string_buffer
+
+    buffer = create_string_buffer(STATFS_SIZE)
+    if _libc().fstatfs(fd, buffer) < 0:
+        _raise()
+    found: int = struct.unpack_from("l", buffer)[0]
+    return found
 
 
 def finit_module(fd: int, parameters: str = "") -> None:

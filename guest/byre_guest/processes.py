@@ -217,16 +217,19 @@ class Processes:
         container: str = "",
         args: Sequence[str] = (),
         cgroup: str = "",
+        tree: trees.Tree | None = None,
         number: int = 0,
         on_exit: Callable[[Process], object] | None = None,
     ) -> Process:
-        """Take in the running child `pid` and start its pumps.  `cgroup` is a directory that holds its tree and
-        nothing else, or "".  `on_exit(process)` is called when `process.exit` is known, just before it is sent.
+        """Take in the running child `pid` and start its pumps.
+
+        `cgroup` is a directory that holds its tree and nothing else, or ""; `tree` is one that was made for it.
+        `on_exit(process)` is called when `process.exit` is known, just before it is sent.
 
         Raises ProcessLookupError when `pid` is no child of the agent; `ResourceExhausted`.
         """
         number = number or self.reserve()
-        process = Process(number, pid, args, container, trees.Tree(pid, cgroup))
+        process = Process(number, pid, args, container, tree or trees.Tree(pid, cgroup))
         process.on_exit = on_exit
         self._take_in(process, stdio)
         return process

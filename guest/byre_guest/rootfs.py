@@ -22,6 +22,10 @@ if TYPE_CHECKING:
 #: As the kernel resolves below `root_fd` (openat2(2)): ".." and absolute links stay inside.
 INSIDE = linux.RESOLVE_IN_ROOT | linux.RESOLVE_NO_MAGICLINKS
 
+#: How often a path is tried in which something was renamed meanwhile: the kernel gives up on a ".." that it then
+#: cannot vouch for (EAGAIN), and a container may rename without end.
+MAX_RACES = 64
+
 #: Where programs are looked for when the environment has no PATH.
 DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
@@ -41,9 +45,14 @@ def open_root(path: str) -> int:
     return os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
 
 
-def find(root_fd: int, path: str) -> int:
-    """An O_PATH descriptor of what `path` names inside.  Raises OSError."""
-    return linux.openat2(path, os.O_PATH, INSIDE, dir_fd=root_fd)
+def find(root_fd: int, path: str, flags: int = 0) -> int:
+    """An O_PATH descriptor of what `path` names inside; `flags` may add O_NOFOLLOW and such.  Raises OSError."""
+    for _ in range(MAX_RACES):
+        try:
+            return linux.openat2(path, os.O_PATH | flags, INSIDE, dir_fd=root_fd)
+        except BlockingIOError:
+            pass
+    return linux.openat2(path, os.O_PATH | flags, INSIDE, dir_fd=root_fd)
 
 
 def status(root_fd: int, path: str) -> os.stat_result | None:

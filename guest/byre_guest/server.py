@@ -236,6 +236,8 @@ class Server:
             from . import containers
 
             return containers.create_process_in_container
+        if method == "files.start":
+            return _files(arguments)
         try:
             return self.handlers[method]
         except KeyError:
@@ -249,6 +251,13 @@ _STREAM_EVENTS = (
     events.StopReceived,
     events.ResetReceived,
 )
+
+
+def _files(arguments: dict[str, Any]) -> Handler:
+    """Loaded with the first of their operations."""
+    from . import containers, files
+
+    return containers.start_files_in_container if arguments["container"] else files.start
 
 
 def _nothing() -> None:

@@ -27,6 +27,7 @@ from .streams import open_reader, open_writer
 if TYPE_CHECKING:
     from .bridge import Bridge
     from .calls import Result
+    from .files import Files
     from .streams import BridgeReader, StreamTransport
 
 SIGKILL = 9
@@ -266,6 +267,13 @@ class GuestProcessHost(ProcessHost):
     def bridge(self) -> Bridge:
         """The connection to the agent.  Raises `ConnectionLost` before the start and after the end."""
         raise NotImplementedError
+
+    @property
+    def files(self) -> Files:
+        """The files where its processes run."""
+        from .files import Files
+
+        return Files(self, self._container)
 
     @property
     def os(self) -> str:

@@ -44,7 +44,7 @@ TIDY_TIMEOUT = 30.0
 #: A client that connects and does not shake hands is let go after this, in seconds.
 HANDSHAKE_TIMEOUT = 30.0
 
-SIGKILL = 9
+SIGKILL, SIGTERM = 9, 15
 
 
 class Client:
@@ -85,6 +85,7 @@ class Started:
         self.owners = {client}
         self.streams: list[Passage] = []
         self.exited = False
+        self.is_files = False  # an operation on files: of no use to anybody else
 
 
 class Relay:
@@ -142,6 +143,8 @@ class Relay:
             started.owners.discard(client)
             if started.exited and not started.owners:
                 self._release(started)
+            elif started.is_files:
+                self._spawn(self._ask("process.signal", process=started.id, signal=SIGTERM))
             elif not started.exited and client.tied and client is started.starter:
                 log.info("= process %d is killed: its client is gone", started.id)
                 self._spawn(self._ask("process.signal", process=started.id, signal=SIGKILL, tree=True))
@@ -224,8 +227,9 @@ class Relay:
         streams: list[Passage],
     ) -> None:
         """Remember what a successful call made or ended."""
-        if method in ("process.create", "container.init"):
+        if method in ("process.create", "container.init", "files.start"):
             started = self._started.setdefault(result["process"], Started(result["process"], client))
+            started.is_files = method == "files.start"
             started.owners.add(client)
             started.streams += streams
             self._guest.subscribe("process.exit", started.id, self._process_exited)
@@ -274,6 +278,12 @@ class Relay:
         await self._ask("process.signal", process=result["process"], signal=SIGKILL, tree=True)
         await self._ask("process.release", process=result["process"])
 
+    async def _undo_files(self, _: dict[str, Any], result: dict[str, Any]) -> None:
+        """It tidies up what it had begun."""
+        self._forget(result["process"])
+        await self._ask("process.signal", process=result["process"], signal=SIGTERM)
+        await self._ask("process.release", process=result["process"])
+
     async def _undo_container(self, arguments: dict[str, Any], _: dict[str, Any]) -> None:
         self._deleted(arguments["container"])
         await self._ask("container.delete", container=arguments["container"])
@@ -311,6 +321,7 @@ class Relay:
 #: How a call that succeeded in spite of its cancellation is undone.
 _UNDO: dict[str, Callable[[Relay, dict[str, Any], dict[str, Any]], Awaitable[None]]] = {
     "process.create": Relay._undo_process,
+    "files.start": Relay._undo_files,
     "container.create": Relay._undo_container,
 }
 

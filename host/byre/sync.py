@@ -17,12 +17,13 @@ import asyncio
 import concurrent.futures
 import inspect
 import io
+import sys
 import threading
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Self, TypeVar
 
-from . import cow, health, local, vm
+from . import cow, file_operation, file_streams, files, health, local, vm
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer, WriteableBuffer
@@ -169,21 +170,44 @@ class Container(Facade):
     """A `byre.Container`; `wait_channel` is a `threading.Event`."""
 
 
+class Files(Facade):
+    """A `byre.files.Files`; what is opened is a context manager, `walk` an ordinary iterator."""
+
+
+class FileReader(Facade):
+    """A `byre.file_streams.FileReader`; iterating gives its pieces."""
+
+    def __iter__(self) -> Iterator[bytes]:
+        while piece := self.read(file_operation.CHUNK):
+            yield piece
+
+
+class FileWriter(Facade):
+    """A `byre.file_streams.FileWriter`."""
+
+
 class Health(Facade):
     """A VM's health; iterating gives every change of its state."""
 
     def __iter__(self) -> Iterator[str]:
-        changes = aiter(self._target)
+        return _iterate(aiter(self._target))
+
+
+def _iterate(values: Any) -> Iterator[Any]:
+    """An async iterator, from ordinary code; left early, it is closed."""
+
+    async def following() -> Any:
+        return await anext(values)
+
+    try:
         while True:
             try:
-                yield _loop.run(_next(changes))
+                yield _loop.run(following())
             except StopAsyncIteration:
                 return
-
-
-async def _next(changes: Any) -> str:
-    state: str = await anext(changes)
-    return state
+    finally:
+        if hasattr(values, "aclose") and not sys.is_finalizing():
+            _loop.run(values.aclose())
 
 
 class UtilityVM(Facade):
@@ -277,6 +301,9 @@ _FACADES: tuple[tuple[type, type[Facade]], ...] = (
     (vm.UtilityVM, UtilityVM),
     (local.LocalHost, LocalHost),
     (health.Health, Health),
+    (files.Files, Files),
+    (file_streams.FileReader, FileReader),
+    (file_streams.FileWriter, FileWriter),
 )
 
 
@@ -287,6 +314,8 @@ def _facade(value: Any) -> Any:
             return facade._of(value)
     if isinstance(value, asyncio.Event):
         return Event(value)
+    if isinstance(value, AsyncGenerator):
+        return _iterate(value)
     return value
 
 

@@ -59,13 +59,14 @@ def test_the_agent_imports_nothing_beyond_its_diet() -> None:
     assert foreign - BARE - ALLOWED - {"msgpack"} == set()
 
 
-def test_containers_are_not_loaded_before_the_first_one() -> None:
+def test_containers_and_files_are_not_loaded_before_the_first_one() -> None:
     modules = loaded("byre_guest.__main__")
-    assert not {f"byre_guest.{name}" for name in ("containers", "storage", "runtime", "users")} & modules
+    assert not {f"byre_guest.{name}" for name in ("containers", "storage", "runtime", "users", "files")} & modules
+    assert "byre_proto.records" not in modules
 
 
-@pytest.mark.parametrize("module", ["containers", "storage", "runtime", "users", "stats"])
-def test_the_parts_for_containers_keep_the_diet_too(module: str) -> None:
+@pytest.mark.parametrize("module", ["containers", "storage", "runtime", "users", "stats", "files"])
+def test_the_parts_for_containers_and_files_keep_the_diet_too(module: str) -> None:
     foreign = {name for name in loaded(f"byre_guest.{module}") if not ours(name)}
     assert not foreign & FORBIDDEN - NEEDED_LATER
 

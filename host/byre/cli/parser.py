@@ -49,6 +49,22 @@ Run a command in a container that is there, or (--vm) in a VM that is up.
 If byre itself is killed, even by SIGKILL, so is the command, with its whole process tree."""
 
 
+_CP = """\
+Copy files between this host and a container, or the VM itself.
+
+    byre cp SRC CONTAINER:PATH      byre cp CONTAINER:PATH DST      :PATH is a path of the VM itself
+    byre cp - CONTAINER:PATH        unpack a tar from stdin in the directory PATH
+    byre cp CONTAINER:PATH -        write a tar of PATH to stdout"""
+
+_CP_RULES = """\
+as cp: a file goes by the name DST, or into it where it is a directory; a directory becomes DST where that does not
+exist, and goes into it where it does; of SRC/. all that is in it goes there.  Links are copied as links.  A local
+name with a colon in it is written ./NAME.
+
+Modes and times are kept.  Without -a the copy is root's inside and yours here, without set-user-id bits, and links
+that may lead out of what is copied are refused here.  A tar has owners and all.  Devices and FIFOs stay inside."""
+
+
 class Parser(argparse.ArgumentParser):
     """argparse with byre's form of errors: one line, a hint, status 2."""
 
@@ -103,6 +119,7 @@ def build() -> Parser:
 
     _run(add("run", "run:run", _RUN, epilog=f"{_WHICH_VM}\n\n{_STATUS}"))
     _exec(add("exec", "execute:execute", _EXEC, epilog=_STATUS))
+    _cp(add("cp", "copy:cp", _CP, epilog=_CP_RULES))
     _shell(add("shell", "execute:shell", "Open a shell in a VM that is up, or (-C) in a container of it."))
     _up(add("up", "vms:up", "Boot a VM that stays up, in the care of a keeper process; return when it is ready."))
     _down(add("down", "vms:down", "End a VM that is up, with all that runs in it."))
@@ -153,6 +170,15 @@ def _shell(parser: Parser) -> None:
     parser.add_argument("-C", "--container", default="", metavar="ID", help="in this container")
     parser.add_argument("-u", "--user", default="", help="as uid, uid:gid, name or name:group")
     parser.set_defaults(env=[], workdir="", timeout=None)
+
+
+def _cp(parser: Parser) -> None:
+    _in(parser)
+    add = parser.add_argument
+    add("-a", "--archive", action="store_true", help="exactly: owners by number, all mode bits, attributes, links")
+    add("-L", "--follow-link", action="store_true", help="copy what SRC leads to, where it is a link")
+    add("source", metavar="SRC")
+    add("destination", metavar="DST")
 
 
 def _process_flags(parser: Parser) -> None:
