@@ -21,7 +21,7 @@ NUMBERS = (
     *(f"B{n}" for n in range(20, 31)),
     *("B30a", "B31"),
     *(f"B{n}" for n in range(40, 53)),
-    *("B60", "B63"),
+    *("B60", "B63", "B64", "B65"),
 )
 
 

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 PROCESS = "tests/conformance/test_process.py"
 CONTAINER = "tests/conformance/test_container.py"
+FILES = "tests/conformance/test_files.py"
 VM = "tests/vm/test_vm.py"
 HOST = "tests/unit/test_vm_host.py"
 
@@ -672,5 +673,47 @@ MUTATIONS = (
         "        if self._file_bytes > MAX_BYTES:",
         "        if False:",
         ("tests/unit/test_oci_store.py::test_a_bomb", "tests/unit/test_oci_tarstream.py"),
+    ),
+    Mutation(
+        "B64",
+        "what did not fit stays, and keeps its space",
+        "guest/byre_guest/places.py",
+        "            os.unlink(temporary, dir_fd=directory)\n",
+        "            pass\n",
+        (f"{FILES}::test_a_full_scratch_is_an_error_and_the_rest_goes_on",),
+        "vm",
+    ),
+    Mutation(
+        "B65",
+        "a path is resolved from the root of the VM",
+        "guest/byre_guest/rootfs.py",
+        "INSIDE = linux.RESOLVE_IN_ROOT | linux.RESOLVE_NO_MAGICLINKS",
+        "INSIDE = 0",
+        ("tests/unit/test_guest_places.py",),
+    ),
+    Mutation(
+        "B65",
+        "a container's files are those of the VM",
+        "guest/byre_guest/files.py",
+        'root = rootfs.open_root(f"/proc/{pid}/root")',
+        'root = rootfs.open_root("/")',
+        (f"{FILES}::test_links_in_a_container_never_lead_out_of_it",),
+        "vm",
+    ),
+    Mutation(
+        "B65",
+        "a copy onto the host follows links",
+        "host/byre/transfer/unpacking.py",
+        "os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC\n        try:",
+        "os.O_DIRECTORY | os.O_CLOEXEC\n        try:",
+        ("tests/unit/test_transfer.py",),
+    ),
+    Mutation(
+        "B65",
+        "a copy onto the host takes any name",
+        "host/byre/transfer/unpacking.py",
+        'if any(part in ("", ".", "..") for part in parts) or "\\0" in name:',
+        "if False:",
+        ("tests/unit/test_transfer.py",),
     ),
 )

@@ -29,7 +29,7 @@ for _vehicle in ("local", "sync"):
     NOT_SHOWN[_vehicle]["B13"] = _NEEDS_VM
     NOT_SHOWN[_vehicle].update({f"B{n}": _NEEDS_CGROUP for n in range(20, 31)})
     NOT_SHOWN[_vehicle].update({"B30a": _NEEDS_CGROUP, "B31": _NEEDS_CGROUP})
-    NOT_SHOWN[_vehicle].update({f"B{n}": _NEEDS_VM for n in (40, 41, 43, 48, 49, 52, 60)})
+    NOT_SHOWN[_vehicle].update({f"B{n}": _NEEDS_VM for n in (40, 41, 43, 48, 49, 52, 60, 64)})
 
 
 def selected() -> tuple[str, ...]:

@@ -43,6 +43,9 @@ Path: TypeAlias = str | bytes | os.PathLike[str] | os.PathLike[bytes]
 #: Bytes that `read` takes into memory, unless told otherwise.
 READ_LIMIT = 256 << 20
 
+#: Entries of a directory that `list` takes into memory, about 500 bytes each.
+MAX_LISTED = 1_000_000
+
 #: Links that are followed at the end of a copy's destination, as the kernel does for a path.
 MAX_LINKS = 40
 
@@ -93,6 +96,8 @@ class Files:
             async with asyncio.timeout(CALL_TIMEOUT), self._operation(name, path, **options) as operation:
                 while some := await operation.receive():
                     found += some
+                    if len(found) > 1:
+                        raise malformed("more than was asked for")
         except TimeoutError as error:
             if isinstance(error, DeadlineExceeded):
                 raise
@@ -110,14 +115,16 @@ class Files:
 
     async def read(self, path: Path, *, limit: int = READ_LIMIT) -> bytes:
         """A regular file's contents.  Raises `ResourceExhausted` when there are more than `limit` bytes."""
-        async with self.open_read(path, length=limit + 1) as file:
-            data = await file.read()
-        if len(data) > limit:
-            raise ResourceExhausted(
-                f"{os.fsdecode(path)} has more than {limit} bytes",
-                hint="read it as a stream (open_read), or copy it (copy_out)",
-            )
-        return data
+        found = bytearray()
+        async with self.open_read(path) as file:
+            async for piece in file:
+                found += piece
+                if len(found) > limit:
+                    raise ResourceExhausted(
+                        f"{os.fsdecode(path)} has more than {limit} bytes",
+                        hint="read it as a stream (open_read), or copy it (copy_out)",
+                    )
+        return bytes(found)
 
     def open_write(
         self, path: Path, *, mode: int | None = None, owner: str = "", exclusive: bool = False
@@ -161,13 +168,21 @@ class Files:
     # -- directories ---------------------------------------------------------------------------------------
 
     async def list(self, path: Path) -> list[FileStatus]:
-        """The entries of a directory, sorted by name."""
-        return sorted([entry async for entry in self._entries(path, recursive=False)], key=lambda entry: entry.name)
+        """The entries of a directory, sorted by name.  Raises `ResourceExhausted` over MAX_LISTED."""
+        found = []
+        async for entry in self._entries(path, recursive=False):
+            found.append(entry)
+            if len(found) > MAX_LISTED:
+                raise ResourceExhausted(
+                    f"{os.fsdecode(path)} has more than {MAX_LISTED} entries", hint="walk gives them one by one"
+                )
+        return sorted(found, key=lambda entry: entry.name)
 
     def walk(self, path: Path) -> AsyncIterator[FileStatus]:
         """All that is below a directory, each before what is in it; names are paths from there.
 
-        No link is followed; what the kernel shows of itself (/proc, /sys) is not entered.
+        No link is followed; what the kernel shows of itself (/proc, /sys) is not entered.  Left early, close it
+        (`contextlib.aclosing`): it goes on reading until then.
         """
         return self._entries(path, recursive=True)
 

@@ -6,7 +6,9 @@ import pytest
 
 from byre import rundir
 from byre.cli import parser
+from byre.cli.copy import Operand
 from byre.cli.parser import parse
+from byre.errors import InvalidRequest
 
 
 def test_options_end_where_the_image_begins() -> None:
@@ -56,6 +58,8 @@ def test_image_or_container_and_command_are_told_apart(line: str, target: str, c
         "run --timeout nan oci:x",
         "exec web",
         "exec",
+        "cp",
+        "cp a:/x",
         "stop",
         "logs",
         "image",
@@ -98,11 +102,46 @@ def test_help_states_which_vm_is_used_and_the_exit_statuses(capsys: pytest.Captu
 def test_every_command_leads_to_a_function() -> None:
     from importlib import import_module
 
-    lines = ["run oci:x", "exec --vm a", "shell", "up", "down", "ps", "stop a", "rm a", "logs a", "doctor"]
+    lines = [
+        "run oci:x",
+        "exec --vm a",
+        "cp a:/x .",
+        "shell",
+        "up",
+        "down",
+        "ps",
+        "stop a",
+        "rm a",
+        "logs a",
+        "doctor",
+    ]
     lines += ["image build", "image ls", "image verify", "image export f", "image import f"]
     for line in lines:
         module, function = parse(line.split()).command.split(":")
         assert callable(getattr(import_module(f"byre.cli.{module}"), function)), line
+
+
+@pytest.mark.parametrize(
+    ("text", "container", "path"),
+    [
+        ("web:/etc/passwd", "web", "/etc/passwd"),
+        ("web:relative", "web", "relative"),
+        ("web:a:b", "web", "a:b"),
+        (":/run/x", "", "/run/x"),
+        ("file", None, "file"),
+        ("./web:x", None, "./web:x"),
+        ("/srv/web:x", None, "/srv/web:x"),
+        ("dir/web:x", None, "dir/web:x"),
+        ("-", None, "-"),
+    ],
+)
+def test_what_cp_copies(text: str, container: str | None, path: str) -> None:
+    assert Operand.of(text) == (container, path)
+
+
+def test_a_container_alone_is_nothing_to_copy() -> None:
+    with pytest.raises(InvalidRequest, match="web:"):
+        Operand.of("web:")
 
 
 def test_the_default_vm_is_the_run_directorys() -> None:

@@ -8,13 +8,15 @@ import os
 import pty
 import re
 import select
+import shlex
 import signal
 import struct
 import subprocess
 import sys
+import tarfile
 import termios
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -45,6 +47,13 @@ def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 def byre(*args: str, stdin: bytes = b"", **options: object) -> subprocess.CompletedProcess[bytes]:
     streams: dict[str, object] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "input": stdin}
     return subprocess.run([*BYRE, *args], timeout=TIMEOUT, **{**streams, **options})  # type: ignore[call-overload, no-any-return]
+
+
+def until(condition: Callable[[], bool]) -> None:
+    """Each look is a command of its own."""
+    deadline = time.monotonic() + TIMEOUT
+    while not condition():
+        assert time.monotonic() < deadline
 
 
 def shell(script: str) -> subprocess.CompletedProcess[bytes]:
@@ -287,6 +296,57 @@ def test_a_terminal_resizes_interrupts_and_passes_the_status_on(up: None, busybo
             terminal.type(b"\x03")
         terminal.type(b"exit 5\n")
         assert terminal.end() == 5
+
+
+def test_cp_both_ways_and_as_a_tar(web: str, tmp_path: Path) -> None:
+    (tmp_path / "src").mkdir()
+    (tmp_path / "src" / "f").write_bytes(b"contents\n")
+    (tmp_path / "src" / "run").write_bytes(b"#!/bin/sh\necho it runs\n")
+    (tmp_path / "src" / "run").chmod(0o750)
+    assert byre("cp", str(tmp_path / "src"), f"{web}:/srv").returncode == 0
+    assert byre("exec", web, "sh", "-c", "cat /srv/f; /srv/run").stdout == b"contents\nit runs\n"
+    assert byre("cp", "web:/srv/.", str(tmp_path)).returncode == 0
+    assert (tmp_path / "f").read_bytes() == b"contents\n" and (tmp_path / "run").stat().st_mode & 0o111
+    tree = shlex.quote(str(tmp_path))
+    done = shell(f"set -o pipefail; byre cp web:/srv - | tar -tv; tar -C {tree} -c src | byre cp - :/run")
+    assert done.returncode == 0, done.stderr
+    assert re.search(rb"-rwxr-x--- .* srv/run\n", done.stdout), done.stdout
+    assert byre("exec", "--vm", "cat", "/run/src/f").stdout == b"contents\n"
+
+
+def test_cp_says_what_is_wrong(web: str, tmp_path: Path) -> None:
+    byre("exec", web, "sh", "-c", "mkdir -p /d; mkfifo /d/fifo; ln -s /etc/passwd /link")
+    for args, text in (
+        (("web:/none", "."), b"No such file"),
+        (("web:/d", str(tmp_path)), b"fifo is not made here"),
+        (("web:/link", str(tmp_path)), b"lead out"),
+        (("nowhere:/x", "."), b"nowhere"),
+        (("a", "b"), b"one of SRC and DST"),
+        (("a:/x", "b:/x"), b"between two: byre cp"),
+        ((str(tmp_path / "none"), "web:/"), b"No such file"),
+    ):
+        done = byre("cp", *args)
+        assert done.returncode == 125 and text in done.stderr, (args, done.stderr)
+    assert byre("cp", "-a", "web:/link", str(tmp_path)).returncode == 0
+    assert os.readlink(tmp_path / "link") == "/etc/passwd"
+    done = byre("cp", "-", "web:/d", stdin=b"no tar" * 200)
+    assert done.returncode == 125 and b"archive" in done.stderr
+
+
+@pytest.mark.behaviour("B43")
+def test_a_cp_that_is_killed_leaves_the_old_file(web: str, tmp_path: Path) -> None:
+    byre("exec", web, "sh", "-c", "mkdir /k; echo old > /k/f")
+    header = tarfile.TarInfo("f")
+    header.size = 4 << 20
+    with subprocess.Popen([*BYRE, "cp", "-", "web:/k"], stdin=subprocess.PIPE) as running:
+        assert running.stdin is not None
+        running.stdin.write(header.tobuf() + bytes(5 << 19))  # it is sent by the MiB
+        running.stdin.flush()
+        until(lambda: len(byre("exec", web, "ls", "-A", "/k").stdout.split()) == 2)
+        running.kill()
+    until(lambda: byre("exec", web, "ls", "-A", "/k").stdout == b"f\n")
+    assert byre("exec", web, "cat", "/k/f").stdout == b"old\n"
+    assert b"files." not in byre("ps").stdout
 
 
 def test_a_shell_in_the_vm_and_in_a_container(web: str) -> None:

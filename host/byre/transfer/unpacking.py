@@ -28,6 +28,9 @@ MAX_BYTES = 64 << 30
 #: What a file is called that is not complete yet.
 TEMPORARY = ".byre-"
 
+#: Attributes that were not taken and are told by name; the guest chooses the names.
+MAX_DROPPED = 64
+
 AS_SENT = "copy it exactly (archive=True, -a), or as a tar"
 
 
@@ -267,6 +270,7 @@ class LocalUnpacker:
         return True
 
     def _drop(self, what: str) -> None:
+        what = what if what in self.dropped or len(self.dropped) < MAX_DROPPED else "other attributes"
         self.dropped[what] = self.dropped.get(what, 0) + 1
 
 
