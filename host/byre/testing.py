@@ -87,6 +87,7 @@ class FakeGuest:
         self.commands = dict(commands or {})
         self.handlers: dict[str, Handler] = {
             "process.create": self._create,
+            "files.start": self._start_files,
             "process.signal": self._signal,
             "process.resize": self._nothing,
             "process.release": self._release,
@@ -146,6 +147,11 @@ class FakeGuest:
         process = self.processes[number] = FakeProcess(self, number, request)
         process.task = asyncio.get_running_loop().create_task(self._run(process, self.commands[name]))
         return {"process": number, "pid": number}
+
+    def _start_files(self, request: Result) -> Result:
+        """An operation on files is the command "files.OPERATION", which exchanges `byre_proto.records`."""
+        args = [f"files.{request['operation']}", request["path"]]
+        return self._create({**request, "args": args, "stderr": 0})
 
     async def _run(self, process: FakeProcess, command: Command) -> None:
         await asyncio.sleep(0)  # the answer to process.create goes first

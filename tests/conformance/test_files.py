@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from byre import errors
+from byre import DEVNULL, errors
 from byre.file_operation import Operation
 
 from .test_memory import resident
@@ -35,6 +35,7 @@ async def there(host: Any) -> AsyncIterator[str]:
     path = f"/tmp/byre-files-{os.getpid()}-{next(_numbers)}"
     await host.files.mkdir(path, parents=True)
     yield path
+    await host.run(["chmod", "-R", "u+rwx", path], stderr=DEVNULL, timeout=SOON)  # for an ordinary user
     await host.files.remove(path, recursive=True)
 
 
