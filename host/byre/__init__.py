@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from .container import GuestContainer
     from .cow import Container, ExitStatus, Process, ProcessHost, Stdio
     from .errors import ByreError
+    from .file_operation import FileStatus
+    from .files import Copied, Files
     from .local import LocalHost
     from .parameters import ProcessParameters, Resources, UpdateResources
     from .process import GuestProcess
@@ -23,8 +25,11 @@ _MODULES = {
     "ByreError": "errors",
     "CompletedProcess": "run",
     "Container": "cow",
+    "Copied": "files",
     "DEVNULL": "run",
     "ExitStatus": "cow",
+    "FileStatus": "file_operation",
+    "Files": "files",
     "GuestContainer": "container",
     "GuestProcess": "process",
     "LocalHost": "local",
@@ -48,7 +53,10 @@ __all__ = [
     "ByreError",
     "CompletedProcess",
     "Container",
+    "Copied",
     "ExitStatus",
+    "FileStatus",
+    "Files",
     "GuestContainer",
     "GuestProcess",
     "LocalHost",
