@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from . import errors, sync, testing
     from .container import GuestContainer
+    from .copies import Copied
     from .cow import Container, ExitStatus, Process, ProcessHost, Stdio
     from .errors import ByreError
     from .file_operation import FileStatus
-    from .files import Copied, Files
+    from .files import Files
     from .local import LocalHost
     from .parameters import ProcessParameters, Resources, UpdateResources
     from .process import GuestProcess
@@ -25,7 +26,7 @@ _MODULES = {
     "ByreError": "errors",
     "CompletedProcess": "run",
     "Container": "cow",
-    "Copied": "files",
+    "Copied": "copies",
     "DEVNULL": "run",
     "ExitStatus": "cow",
     "FileStatus": "file_operation",

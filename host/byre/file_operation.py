@@ -122,7 +122,7 @@ class Operation:
     """See the module.  An async context manager; `options` are the operation's (`byre_guest.operations`)."""
 
     def __init__(self, bridge: Bridge, container: str, name: str, path: str, **options: Any) -> None:
-        self._bridge = bridge
+        self.bridge = bridge
         self._container = container
         self._name, self._path, self._options = name, path, options
         self._process: GuestProcess
@@ -131,13 +131,13 @@ class Operation:
 
     async def __aenter__(self) -> Self:
         """Start it.  Raises `ContainerNotFound`, `ContainerNotReady`, `StartFailed`, ..."""
-        process = GuestProcess(self._bridge, stdin=self._name in _FED, stdout=True, stderr=False, terminal=False)
+        process = GuestProcess(self.bridge, stdin=self._name in _FED, stdout=True, stderr=False, terminal=False)
 
         async def undo(_: object) -> None:
             await process.signal(SIGTERM)
 
         try:
-            await self._bridge.call(
+            await self.bridge.call(
                 "files.start",
                 accept=process.created,
                 undo=undo,
@@ -156,7 +156,7 @@ class Operation:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        await self._bridge.finish(self._leave())
+        await self.bridge.finish(self._leave())
 
     async def _leave(self) -> None:
         process = self._process

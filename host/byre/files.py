@@ -18,18 +18,15 @@ failed leaves the old file or the new one, and of a tree what came before.
 from __future__ import annotations
 
 import asyncio
-import functools
 import os
 import posixpath
-from collections.abc import AsyncIterator, Iterable, Iterator
-from typing import IO, TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias
-
-from byre_proto import records
-from byre_proto.errors import printable
+from collections.abc import AsyncIterator, Iterable
+from typing import IO, TYPE_CHECKING, Any, TypeAlias
 
 from .calls import CALL_TIMEOUT
+from .copies import Copied, Maker, Target, receive, send
 from .errors import DeadlineExceeded, FileFailed, PathNotFound, ResourceExhausted
-from .file_operation import CHUNK, FileStatus, Operation, malformed
+from .file_operation import FileStatus, Operation, malformed
 from .file_streams import FileReader, FileWriter
 from .machines.spawn import in_thread
 
@@ -48,33 +45,6 @@ MAX_LISTED = 1_000_000
 
 #: Links that are followed at the end of a copy's destination, as the kernel does for a path.
 MAX_LINKS = 40
-
-#: Linux: XATTR_NAME_MAX.
-MAX_DROPPED_NAME = 255
-
-
-class Copied(NamedTuple):
-    """What a copy has done.
-
-    entries, bytes  of what was copied
-    sockets         that were left out
-    dropped         what the receiving side did not take ("owner", a name of an attribute), and how often
-    """
-
-    entries: int
-    bytes: int
-    sockets: int = 0
-    dropped: dict[str, int] = {}  # noqa: RUF012  a NamedTuple's default; nobody changes it
-
-
-class _Target(Protocol):
-    """What takes the entries and data of a copy; blocking."""
-
-    dropped: dict[str, int]
-
-    def take(self, found: bytes | FileStatus) -> None: ...
-    def finish(self) -> None: ...
-    def close(self) -> None: ...
 
 
 class Files:
@@ -256,7 +226,7 @@ class Files:
             "max_bytes": unpacking.MAX_BYTES if max_bytes is None else max_bytes,
         }
 
-        def target(top: FileStatus) -> tuple[_Target, str]:
+        def target(top: FileStatus) -> tuple[Target, str]:
             where = rules.place(rules.Source.of(os.fsdecode(source)), top.is_dir, local, _found(local))
             return unpacking.LocalUnpacker(where.directory, archive=archive, **limits), where.name
 
@@ -272,7 +242,7 @@ class Files:
 
         source: Source = rules.Source.of(os.fsdecode(path))
 
-        def target(top: FileStatus) -> tuple[_Target, str]:
+        def target(top: FileStatus) -> tuple[Target, str]:
             name = "." if source.contents and top.is_dir else source.name
             return TarWriter(file), name
 
@@ -298,73 +268,14 @@ class Files:
 
     async def _send(self, directory: str, pieces: Iterable[bytes], *, keep: bool) -> Copied:
         async with self._operation("unpack", directory, keep=keep) as operation:
-            batches = _batches(iter(pieces))
-            while batch := await in_thread(lambda: next(batches, None)):
-                await operation.send(*batch)
-            result = await operation.finish()
-        return _copied(result, {})
+            return await send(operation, pieces)
 
-    async def _receive(self, source: Path, make: Any, follow: bool) -> Copied:
+    async def _receive(self, source: Path, make: Maker, follow: bool) -> Copied:
         async with self._operation("pack", source, follow=follow) as operation:
-            some = await operation.receive()
-            if not some or isinstance(some[0], bytes):
-                raise malformed("a copy without its top")
-            top = FileStatus.of_record(some[0])
-            target, name = await in_thread(lambda: make(top))
-            try:
-                while some:
-                    await in_thread(functools.partial(_take, target, some, name))
-                    some = await operation.receive()
-                await in_thread(target.finish)
-            finally:
-                await self._host.bridge.finish(in_thread(target.close))
-        return _copied(operation.result or {}, target.dropped)
+            return await receive(operation, make)
 
 
 def _found(path: str) -> str:
     if os.path.isdir(path):
         return "dir"
     return "file" if os.path.lexists(path) else ""
-
-
-def _batches(pieces: Iterator[bytes]) -> Iterator[list[bytes]]:
-    """What is sent at once."""
-    batch: list[bytes] = []
-    size = 0
-    for piece in pieces:
-        batch.append(piece)
-        size += len(piece)
-        if size >= CHUNK:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
-
-
-def _take(target: _Target, some: Iterable[bytes | list[Any]], name: str) -> None:
-    """Give a target what came, below the name that it gets here."""
-    for found in some:
-        if isinstance(found, bytes):
-            target.take(found)
-            continue
-        entry = FileStatus.of_record(found)
-        if name != ".":
-            entry = renamed(entry, name)
-        target.take(entry)
-
-
-def renamed(entry: FileStatus, top: str) -> FileStatus:
-    """An entry whose top has a name."""
-    from dataclasses import replace
-
-    target = f"{top}/{entry.target}" if entry.kind == records.LINK else entry.target
-    return replace(entry, name=top if entry.name == "." else f"{top}/{entry.name}", target=target)
-
-
-def _copied(result: dict[str, Any], dropped: dict[str, int]) -> Copied:
-    numbers = [result.get(name, 0) for name in ("entries", "bytes", "sockets")]
-    theirs = result.get("dropped", {})
-    if not isinstance(theirs, dict) or any(type(number) is not int for number in (*numbers, *theirs.values())):
-        raise malformed("a result")
-    named = {printable(str(name))[:MAX_DROPPED_NAME]: number for name, number in theirs.items()}
-    return Copied(numbers[0], numbers[1], numbers[2], {**named, **dropped})

@@ -17,7 +17,8 @@ from .status import say
 if TYPE_CHECKING:
     import argparse
 
-    from byre.files import Copied, Files
+    from byre.copies import Copied
+    from byre.files import Files
 
 #: stdin or stdout, as a tar.
 STREAM = "-"
