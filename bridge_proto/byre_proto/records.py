@@ -40,11 +40,14 @@ DATA = 1 << 31
 FILE, DIRECTORY, SYMLINK, LINK = "file", "dir", "symlink", "link"
 FIFO, CHARACTER, BLOCK, SOCKET = "fifo", "char", "block", "socket"
 
-_packer = msgpack.Packer(use_bin_type=True, unicode_errors="surrogateescape")
+_packer: Any = None  # one for all messages: each has a buffer of 1 MiB
 
 
 def message(*fields: object) -> bytes:
     """One message, ready to be sent."""
+    global _packer
+    if _packer is None:
+        _packer = msgpack.Packer(use_bin_type=True, unicode_errors="surrogateescape")
     payload: bytes = _packer.pack(fields)
     return len(payload).to_bytes(4, "big") + payload
 
