@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import sys
 from typing import TYPE_CHECKING, Any
 
 from byre import rundir
@@ -12,7 +11,7 @@ from byre.errors import ContainerNotFound
 from byre.parameters import Resources
 
 from . import foreground, terminal
-from .selection import Progress, check_terminal, parameters, talkative, variables, vm_of
+from .selection import check_terminal, parameters, registry_of, talkative, variables, vm_of
 from .status import say
 from .vms import bring_up
 
@@ -43,7 +42,8 @@ async def _foreground(arguments: argparse.Namespace, signals: foreground.Signals
 
 
 async def _container(arguments: argparse.Namespace, signals: foreground.Signals, vm: UtilityVM, own: bool) -> int:
-    container = await _create(arguments, vm)
+    # A VM of our own booted while the image was fetched.
+    container = await _create(arguments, vm, "missing" if own and arguments.pull != "never" else arguments.pull)
     ended = False
     try:
         if arguments.rm and not own:
@@ -81,7 +81,7 @@ async def _detach(arguments: argparse.Namespace) -> int:
     from byre.vm import UtilityVM
 
     async with await UtilityVM.attach(name) as vm:
-        container = await _create(arguments, vm)
+        container = await _create(arguments, vm, arguments.pull)
         started = False
         try:
             if arguments.rm:
@@ -94,13 +94,13 @@ async def _detach(arguments: argparse.Namespace) -> int:
     return 0
 
 
-async def _create(arguments: argparse.Namespace, vm: UtilityVM) -> GuestContainer:
+async def _create(arguments: argparse.Namespace, vm: UtilityVM, pull: str) -> GuestContainer:
+    from .progress import Progress
+
     width, height = terminal.size(1)
     options: dict[str, Any] = {}
     if arguments.entrypoint is not None:
         options["entrypoint"] = [arguments.entrypoint] if arguments.entrypoint else []
-    if sys.stderr.isatty():
-        options["progress"] = Progress()
     return await vm.create_container(
         arguments.name,
         image=arguments.target,
@@ -114,6 +114,9 @@ async def _create(arguments: argparse.Namespace, vm: UtilityVM) -> GuestContaine
         height=height,
         resources=Resources(memory_bytes=arguments.memory, cpus=arguments.cpus, pids=arguments.pids_limit),
         privileged=arguments.privileged,
+        pull=pull or "missing",
+        registry=registry_of(arguments),
+        progress=Progress(),
         cap_add=arguments.cap_add,
         cap_drop=arguments.cap_drop,
         no_new_privileges=not arguments.allow_new_privileges,
