@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import subprocess
@@ -13,7 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from byre.errors import ImageInvalid, ImageNotFound, StorageFailed
+from byre import images as byre_images
+from byre import sync
+from byre.errors import ImageInvalid, ImageNotFound, InvalidRequest, StorageFailed
 from byre.machines.disks import Disk, DiskTable
 from byre.oci import eviction, files
 from byre.oci.images import Image, ImageStore
@@ -239,7 +242,7 @@ def test_layers_of_one_content_from_different_tars_are_made_once(
     assert (tmp_path / "runs").read_text() == "\n"
 
 
-# -- the command -----------------------------------------------------------------------------------------------
+# -- from Python, and the command ------------------------------------------------------------------------------
 
 
 def byre(*arguments: object, status: int = 0) -> str:
@@ -296,3 +299,37 @@ def test_a_guest_image_is_known_by_what_is_in_it(home: Path) -> None:
     (home / "rubbish").write_bytes(os.urandom(5000))
     assert "byre: error: " in byre("import", "rubbish", status=125)
     assert "no image at './none'" in byre("import", "none", status=125)
+
+
+def test_the_same_from_python(home: Path) -> None:
+    write_layout(home / "layout", [tar("one")], {"Cmd": ["sh"]})
+    seen = list[object]()
+    image = sync.import_image("oci:layout", "app", progress=seen.append)
+    assert seen and byre_images.list_images() == [image] and byre_images.inspect("app")["Size"] == image.stored
+    with pytest.raises(ImageNotFound):
+        byre_images.remove("app", "nosuch")
+    assert byre_images.list_images() == [image]
+    names, freed = byre_images.remove("app")
+    assert names == [image.name] and freed.files == 3
+    assert byre_images.prune() == (0, 0, False)
+    with pytest.raises(InvalidRequest):
+        sync.pull_image("Not a name")
+
+
+async def test_a_coroutine_that_is_cancelled_leaves_nothing(home: Path) -> None:
+    write_layout(home / "layout", [tar("one", 5_000_000)], {"Cmd": ["sh"]})
+    held = threading.Event()
+    go_on = threading.Event()
+
+    def hold(_: object) -> None:
+        held.set()
+        assert go_on.wait(30)
+
+    task = asyncio.create_task(byre_images.import_image("oci:layout", "app", progress=hold))
+    await asyncio.to_thread(held.wait, 30)
+    task.cancel()
+    await asyncio.sleep(0)
+    go_on.set()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert byre_images.list_images() == [] and list((ImageStore().root / "new").iterdir()) == []

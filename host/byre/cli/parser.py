@@ -269,7 +269,6 @@ def _image(parser: Parser) -> None:
         sub = add(name, text)
         sub.add_argument("names", metavar="NAME", nargs="+", help="[REGISTRY[:PORT]/]NAME[:TAG][@DIGEST]")
         if name == "pull":
-            sub.set_defaults(command="images:pull_")
             _registry(sub)
     sub = add("prune", "Remove what no image needs, and converted layers that nobody used for long; say how much.")
     sub.add_argument("--older-than", type=age, default=age("30d"), metavar="AGE",

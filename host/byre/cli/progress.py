@@ -43,7 +43,10 @@ class Progress:
             text = f"preparing layer {step.number} of {step.layers}: {percent} %"
             self._show("" if percent >= 100 and step.number == step.layers else text)
 
-    def close(self) -> None:
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         """Nothing more comes: an error's own line, say, is next."""
         self._show("")
 

@@ -11,6 +11,7 @@ from byre.errors import ContainerNotFound
 from byre.parameters import Resources
 
 from . import foreground, terminal
+from .progress import Progress
 from .selection import check_terminal, parameters, registry_of, talkative, variables, vm_of
 from .status import say
 from .vms import bring_up
@@ -43,7 +44,9 @@ async def _foreground(arguments: argparse.Namespace, signals: foreground.Signals
 
 async def _container(arguments: argparse.Namespace, signals: foreground.Signals, vm: UtilityVM, own: bool) -> int:
     # A VM of our own booted while the image was fetched.
-    container = await _create(arguments, vm, "missing" if own and arguments.pull != "never" else arguments.pull)
+    with Progress() as shown:
+        pull = "missing" if own and arguments.pull != "never" else arguments.pull
+        container = await _create(arguments, vm, pull, shown)
     ended = False
     try:
         if arguments.rm and not own:
@@ -81,7 +84,8 @@ async def _detach(arguments: argparse.Namespace) -> int:
     from byre.vm import UtilityVM
 
     async with await UtilityVM.attach(name) as vm:
-        container = await _create(arguments, vm, arguments.pull)
+        with Progress() as shown:
+            container = await _create(arguments, vm, arguments.pull, shown)
         started = False
         try:
             if arguments.rm:
@@ -94,11 +98,9 @@ async def _detach(arguments: argparse.Namespace) -> int:
     return 0
 
 
-async def _create(arguments: argparse.Namespace, vm: UtilityVM, pull: str) -> GuestContainer:
-    from .progress import Progress
-
+async def _create(arguments: argparse.Namespace, vm: UtilityVM, pull: str, shown: Progress) -> GuestContainer:
     width, height = terminal.size(1)
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = {"pull": pull or "missing", "registry": registry_of(arguments), "progress": shown}
     if arguments.entrypoint is not None:
         options["entrypoint"] = [arguments.entrypoint] if arguments.entrypoint else []
     return await vm.create_container(
@@ -114,9 +116,6 @@ async def _create(arguments: argparse.Namespace, vm: UtilityVM, pull: str) -> Gu
         height=height,
         resources=Resources(memory_bytes=arguments.memory, cpus=arguments.cpus, pids=arguments.pids_limit),
         privileged=arguments.privileged,
-        pull=pull or "missing",
-        registry=registry_of(arguments),
-        progress=Progress(),
         cap_add=arguments.cap_add,
         cap_drop=arguments.cap_drop,
         no_new_privileges=not arguments.allow_new_privileges,

@@ -89,17 +89,14 @@ def _prepare(arguments: argparse.Namespace, check: Callable[[], None]) -> None:
 
     from .progress import Progress
 
-    shown = Progress()
+    with Progress() as shown:
 
-    def tell(step: PullProgress | LayerProgress) -> None:
-        check()
-        shown(step)
+        def tell(step: PullProgress | LayerProgress) -> None:
+            check()
+            shown(step)
 
-    try:
         with obtained(arguments.target, arguments.pull or "missing", registry_of(arguments), tell) as found:
             LayerStore().prepare(found, tell)
-    finally:
-        shown.close()
 
 
 async def attach(name: str) -> UtilityVM:

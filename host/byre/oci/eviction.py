@@ -33,9 +33,9 @@ def evict(*, unused_for: float = 0.0, keep_bytes: int | None = None, root: Path 
         if used <= oldest or (keep_bytes is not None and total > keep_bytes):
             gone = _remove([path])
             total -= gone.size
-            freed = _sum(freed, gone)
+            freed = freed.plus(gone)
     lists = [path for used, _, path in _aged(top, "lists") if used <= oldest]
-    return _sum(freed, _remove([*lists, *_dangling(top)]))
+    return freed.plus(_remove([*lists, *_dangling(top)]))
 
 
 def forget(gone: Iterable[Sequence[str]], kept: Iterable[Sequence[str]], root: Path | None = None) -> Freed:
@@ -46,7 +46,7 @@ def forget(gone: Iterable[Sequence[str]], kept: Iterable[Sequence[str]], root: P
     unused = {chain for stack in gone for chain in chains(stack)} - held
     unused_keys = {key for chain in unused if (key := _key(top, chain))} - keys
     freed = _remove(top / "images" / f"{key}.squashfs" for key in sorted(unused_keys))
-    return _sum(freed, _remove(_dangling(top)))
+    return freed.plus(_remove(_dangling(top)))
 
 
 def _top(root: Path | None) -> Path:
@@ -87,7 +87,3 @@ def _remove(paths: Iterable[Path]) -> Freed:
     sizes = [files.remove_unless_leased(path) for path in paths]
     freed = [size for size in sizes if size is not None]
     return Freed(len(freed), sum(freed), len(freed) < len(sizes))
-
-
-def _sum(one: Freed, other: Freed) -> Freed:
-    return Freed(one.files + other.files, one.size + other.size, one.in_use or other.in_use)

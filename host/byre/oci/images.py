@@ -72,6 +72,9 @@ class Freed(NamedTuple):
     size: int
     in_use: bool
 
+    def plus(self, other: Freed) -> Freed:
+        return Freed(self.files + other.files, self.size + other.size, self.in_use or other.in_use)
+
 
 def default_root() -> Path:
     """``$XDG_DATA_HOME/byre/images``: an imported image may exist nowhere else, so it is no cache."""
