@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 from byre.errors import ImageInvalid, ImageNotFound, InvalidRequest, RegistryUnreachable, StorageFailed
 from byre.oci import blobs, files, reference
 from byre.oci.compression import CHUNK, DigestReader
-from byre.oci.image import ContainerImage, LayerSource, check_digest, get
+from byre.oci.image import MAX_DOCUMENT, ContainerImage, LayerSource, check_digest, get
 from byre.oci.images import Image, ImageStore, now
 from byre.oci.layout import MAX_INDEX_DEPTH, check_config, for_platform, from_manifest, open_image, parse_json
 from byre.oci.reference import Reference
@@ -134,7 +134,9 @@ class _Pull:
         config = get(get(manifest, "config", dict, "the manifest"), "digest", str, "the manifest")
         if not _is_whole(self._store.blob(config), config):
             self._fetch_config(config, digest)
-        check_config(self._store.blob(config).read_bytes(), len(described), self._wanted.name)
+        name = self._store.blob(config).relative_to(self._store.root)
+        document = blobs.read(blobs.Directory(self._store.root), str(name), MAX_DOCUMENT)
+        check_config(document, len(described), self._wanted.name)
         return layers
 
     def _fetch_config(self, config: str, digest: str) -> None:
