@@ -13,8 +13,6 @@ import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import bcrypt
-
 USER, PASSWORD = "somebody", "a secret"
 
 
@@ -31,6 +29,8 @@ def registry(folder: Path, *, login: bool = False, certificate: tuple[Path, Path
     if certificate:
         config["http"]["tls"] = {"certificate": str(certificate[0]), "key": str(certificate[1])}  # type: ignore[index]
     if login:
+        import bcrypt  # here: the ordinary user's run and the nested one have few packages, and no login
+
         hashed = bcrypt.hashpw(PASSWORD.encode(), bcrypt.gensalt(4, prefix=b"2a"))
         (folder / "htpasswd").write_bytes(USER.encode() + b":" + hashed + b"\n")
         config["auth"] = {"htpasswd": {"realm": "test", "path": str(folder / "htpasswd")}}
