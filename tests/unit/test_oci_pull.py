@@ -120,6 +120,8 @@ def test_a_pulled_image_is_the_one_that_was_pushed(
     assert contents(store, f"{server}/app:latest", tmp_path / "cache") == ["one", "two", "large"]
     assert seen[0] == (image.name, 0, 0, 0) and seen[-1] == (image.name, image.stored, image.stored, 3)
     assert image.stored > LARGE + 2 * SMALL
+    documents = (store.blob(image.digest), *(store.blobs / "sha256").iterdir())
+    assert {path.stat().st_mode & 0o777 for path in documents} == {0o400}  # nobody but us wrote there
     assert store.find(image.digest) == store.find(image.digest[7:19]) == image
     assert list((store.root / "new").iterdir()) == []
 
@@ -356,6 +358,8 @@ SAID = [
     ("requested access to the resource is denied", RegistryRefused, "skopeo login"),
     ("reading manifest x in localhost/denied: manifest unknown", ImageNotFound, "tag"),
     ("write /x: no space left on device", StorageFailed, "make room"),
+    ("open /x/blobs/sha256/1: permission denied", StorageFailed, "look at the permissions"),
+    ("denied: Permission denied on resource", RegistryRefused, "skopeo login"),
     ("Get https://x/v2/: EOF", RegistryUnreachable, "try again"),
     ("something new", RegistryFailed, "skopeo inspect docker://localhost/denied:latest"),
     ("\x1b[31mred", RegistryFailed, "skopeo inspect"),

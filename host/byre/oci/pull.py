@@ -9,11 +9,12 @@ nothing else.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -155,22 +156,34 @@ class _Pull:
             self._store.blob(found).unlink(missing_ok=True)
         self._check_room(sum(missing.values()))
         for attempt in range(ATTEMPTS):
-            scratch = self._scratch / "layout"
-            scratch.mkdir()
             try:
-                self._registry.copy(
-                    self._wanted,
-                    digest,
-                    self._store.blobs,
-                    scratch,
-                    lambda: self._tell(self._arrived(layers), layers),
-                )
+                self._copy(layers, digest)
                 break
             except RegistryUnreachable:
                 if attempt == ATTEMPTS - 1:
                     raise
-                shutil.rmtree(scratch)
         self._tell(sum(layers.values()), layers)
+
+    def _copy(self, layers: dict[str, int], digest: str) -> None:
+        """Have skopeo fetch the layers that are missing.  It writes manifests in place, so it gets a directory of
+        blobs of its own, with links to those that are here; layers that came whole are kept, however it ends."""
+        shared, scratch = self._scratch / "blobs", self._scratch / "layout"
+        for folder in (shared / "sha256", shared / "sha512", scratch):
+            folder.mkdir(parents=True)
+        ours = {layer: shared / self._store.blob(layer).relative_to(self._store.blobs) for layer in layers}
+        for layer, path in ours.items():
+            with contextlib.suppress(FileNotFoundError):
+                os.link(self._store.blob(layer), path)
+        try:
+            self._registry.copy(
+                self._wanted, digest, shared, scratch, lambda: self._tell(_arrived(layers, ours, scratch), layers)
+            )
+        finally:
+            for layer, path in ours.items():
+                if path.exists() and not self._store.blob(layer).exists():
+                    files.publish(path, self._store.blob(layer))
+            shutil.rmtree(shared)
+            shutil.rmtree(scratch)
 
     def _check_room(self, needed: int) -> None:
         free = shutil.disk_usage(self._store.root).free
@@ -179,16 +192,6 @@ class _Pull:
                 f"{self._wanted.name} needs {needed} bytes more, and {self._store.root} has {free} left",
                 hint="make room: byre image prune; or set XDG_DATA_HOME to another directory",
             )
-
-    def _arrived(self, layers: dict[str, int]) -> int:
-        """Bytes of the layers that are here or on their way."""
-        done = sum(size for digest, size in layers.items() if self._store.blob(digest).exists())
-        for path in self._scratch.glob("layout/oci-put-blob*"):
-            try:
-                done += path.stat().st_size
-            except FileNotFoundError:  # just renamed
-                continue
-        return min(done, sum(layers.values()))
 
     def _tell(self, done: int, layers: dict[str, int]) -> int:
         self._progress(PullProgress(self._wanted.name, done, sum(layers.values()), len(layers)))
@@ -206,6 +209,15 @@ def _is_index(document: Any) -> bool:
     if is_index == is_image:
         raise ImageInvalid("the document is neither an image's manifest nor an index of them, or both")
     return is_index
+
+
+def _arrived(layers: dict[str, int], whole: dict[str, Path], scratch: Path) -> int:
+    """Bytes of the layers that are here or on their way."""
+    done = sum(size for digest, size in layers.items() if whole[digest].exists())
+    for path in scratch.glob("oci-put-blob*"):
+        with contextlib.suppress(FileNotFoundError):  # just renamed
+            done += path.stat().st_size
+    return min(done, sum(layers.values()))
 
 
 def _is_whole(path: Path, digest: str) -> bool:
@@ -293,7 +305,7 @@ def _manifest(config: str, size: int, layers: list[tuple[str, int]]) -> bytes:
 # -- whatever a user names ---------------------------------------------------------------------------------
 
 
-@contextmanager
+@contextlib.contextmanager
 def obtained(
     name: str, policy: str = "missing", registry: Registry | None = None, progress: Progress = lambda _: None
 ) -> Iterator[ContainerImage]:

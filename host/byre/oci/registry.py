@@ -65,9 +65,9 @@ class Registry:
         return self._inspect(["--raw", "--config"], reference, digest, tick)
 
     def copy(self, reference: Reference, digest: str, blobs: Path, scratch: Path, tick: Tick) -> None:
-        """Fetch the image's layers into ``blobs/sha256/HEX``, those that are not there.
+        """Fetch the image's layers into ``blobs/sha256/HEX``, those that are not there, and some documents.
 
-        skopeo checks each against its digest, syncs and renames it.  `scratch`, an empty directory in the same
+        skopeo checks each blob against its digest, syncs and renames it.  `scratch`, an empty directory in the same
         file system, has what is under way, in files that begin with ``oci-put-blob``.
         """
         command = ["copy", "--quiet", *self._flags("--src-tls-verify")]
@@ -138,6 +138,12 @@ _CAUSES: tuple[tuple[str, type[ByreError], str, str], ...] = (
         StorageFailed,
         "there is no room for {name}",
         "make room: byre image prune; or set XDG_DATA_HOME to another directory",
+    ),
+    (
+        r"(open|mkdir|rename|chmod|link) \S+: permission denied",
+        StorageFailed,
+        "{name} cannot be written",
+        "look at the permissions, or set XDG_DATA_HOME to another directory",
     ),
     (
         r"toomanyrequests|too many requests",
