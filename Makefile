@@ -12,12 +12,15 @@ RESULTS  := test-results
 #   golang-github-containers-common   the default seccomp profile that Debian ships for podman
 #   util-linux, dpkg, apt   setpriv; the packages from which the guest image is built
 #   busybox-static          the demo's and the tests' small container image
-#   mmdebstrap, skopeo, …   tests: a real Debian userland, independent tools to compare with
+#   skopeo                  images from registries
+#   mmdebstrap, umoci, …    tests: a real Debian userland, independent tools to compare with
+#   docker-registry         tests: a real registry; the package starts one of its own on port 5000, which is not used
+#   openssl                 tests: a certificate that nobody vouches for
 #   vagrant                 tests: `vagrant validate`
 #   libseccomp2             tests: the seccomp profile is compiled as a runtime would
 RUN_PACKAGES  := python3 python3-venv qemu-system-x86 squashfs-tools-ng golang-github-containers-common \
-                 util-linux ca-certificates busybox-static zstd
-TEST_PACKAGES := vagrant mmdebstrap squashfs-tools skopeo xz-utils libseccomp2 procps git
+                 util-linux ca-certificates busybox-static zstd skopeo
+TEST_PACKAGES := vagrant mmdebstrap squashfs-tools umoci docker-registry openssl xz-utils libseccomp2 procps git
 
 .PHONY: demo test nested behaviours bench lint image setup setup-test clean
 
@@ -41,7 +44,7 @@ behaviours: setup-test
 	$(BIN)/python -m tests.behaviours
 
 bench: setup
-	for name in boot exec exec-container container stdio ping; do $(BIN)/python -m benchmarks $$name --json || exit 1; done
+	for name in boot exec exec-container container stdio ping layers; do $(BIN)/python -m benchmarks $$name --json || exit 1; done
 
 lint: setup-test
 	$(BIN)/python -m pytest tests/unit/test_linters.py tests/unit/test_layering.py

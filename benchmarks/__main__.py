@@ -6,7 +6,7 @@ import argparse
 import asyncio
 import sys
 
-from . import boot, container, execs, ping, stdio
+from . import boot, container, execs, layers, ping, stdio
 
 BENCHMARKS = {
     "boot": boot.run,
@@ -14,6 +14,7 @@ BENCHMARKS = {
     "exec-container": execs.run_in_container,
     "container": container.run,
     "stdio": stdio.run,
+    "layers": layers.run,
     "ping": ping.run,
 }
 

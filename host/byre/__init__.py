@@ -1,7 +1,8 @@
 """byre: Linux containers inside a utility virtual machine, on any host.
 
 The public names are here, and each is imported when it is first used: ``import byre`` costs next to nothing.
-Errors are in `byre.errors`, the blocking façade is `byre.sync`, fakes for tests are in `byre.testing`.
+Errors are in `byre.errors`, containers' images in `byre.images`, the blocking façade is `byre.sync`, fakes for
+tests are in `byre.testing`.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from . import errors, sync, testing
+    from . import errors, images, sync, testing
     from .container import GuestContainer
     from .copies import Copied
     from .cow import Container, ExitStatus, Process, ProcessHost, Stdio
@@ -45,7 +46,7 @@ _MODULES = {
     "UtilityVM": "vm",
 }
 
-_SUBMODULES = ("errors", "sync", "testing")
+_SUBMODULES = ("errors", "images", "sync", "testing")
 
 __all__ = [
     "DEVNULL",
@@ -69,6 +70,7 @@ __all__ = [
     "UpdateResources",
     "UtilityVM",
     "errors",
+    "images",
     "sync",
     "testing",
 ]

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from .container import GuestContainer, InitStreams
 from .errors import ContainerNotFound, InvalidRequest
-from .machines.spawn import in_thread
+from .machines.spawn import stoppable
 from .parameters import Resources, check_size
 
 if TYPE_CHECKING:
@@ -23,7 +23,10 @@ if TYPE_CHECKING:
 
     from .bridge import Bridge
     from .disks import Layers
+    from .oci.files import Lease
     from .oci.image import ImageConfig
+    from .oci.pull import PullProgress
+    from .oci.registry import Registry
     from .oci.store import LayerProgress
 
 #: As podman and containerd have it; the id becomes the name of a directory and of a cgroup in the guest.
@@ -56,7 +59,9 @@ class ContainerOptions:
     stop_signal     None: the image's, or SIGTERM
     rlimits         name -> (soft, hard)
     sysctl          of its namespaces
-    progress        hears of the conversion of layers
+    pull            when a name is fetched from its registry: "missing", "always", "never"
+    registry        how registries are reached, where containers' own files do not say it
+    progress        hears how far pull and conversion are, in a thread of its own
     """
 
     args: Sequence[str] = ()
@@ -82,7 +87,9 @@ class ContainerOptions:
     stop_signal: int | str | None = None
     rlimits: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     sysctl: Mapping[str, str] = field(default_factory=dict)
-    progress: Callable[[LayerProgress], None] | None = None
+    pull: str = "missing"
+    registry: Registry | None = None
+    progress: Callable[[PullProgress | LayerProgress], None] | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.args, str) or isinstance(self.entrypoint, str):
@@ -101,9 +108,12 @@ async def create(
         raise InvalidRequest(
             f"{container_id!r} cannot name a container", hint="letters, digits, _ . and -; 64 at most"
         )
-    config, paths = await in_thread(lambda: _prepare(image, options.progress))
-    request = _request(container_id, config, options)
-    names = await layers.acquire(paths)
+    config, paths, lease = await stoppable(
+        lambda check: _prepare(image, options, check), undo=lambda prepared: prepared[2].close()
+    )
+    with lease:  # until the machine has the layers, and holds them itself
+        request = _request(container_id, config, options)
+        names = await layers.acquire(paths)
     try:
         container = await _create(bridge, layers, paths, names, request, options)
     except BaseException:
@@ -139,13 +149,21 @@ async def _create(
     return made[0]
 
 
-def _prepare(image: str, progress: Callable[[LayerProgress], None] | None) -> tuple[ImageConfig, list[Path]]:
-    """The image's configuration and its layers as disk images.  Blocks."""
-    from .oci.layout import open_image
+def _prepare(
+    image: str, options: ContainerOptions, check: Callable[[], None]
+) -> tuple[ImageConfig, list[Path], Lease]:
+    """The image's configuration and its layers as disk images.  Blocks; ends when `check` raises."""
+    from .oci.pull import obtained
     from .oci.store import LayerStore
 
-    with open_image(image) as found:
-        return found.config, [layer.path for layer in LayerStore().prepare(found, progress)]
+    def progress(step: PullProgress | LayerProgress) -> None:
+        check()
+        if options.progress is not None:
+            options.progress(step)
+
+    with obtained(image, options.pull, options.registry, progress) as found:
+        layers, lease = LayerStore().lease(found, progress)
+        return found.config, [layer.path for layer in layers], lease
 
 
 def _request(container_id: str, config: ImageConfig, options: ContainerOptions) -> dict[str, Any]:

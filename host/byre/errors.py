@@ -118,6 +118,24 @@ class ImageInvalid(ByreError, ValueError):
     code = "image-invalid"
 
 
+class RegistryFailed(ByreError, OSError):
+    """A registry, or skopeo, which talks to it, did not give an image; nothing of it is kept under its name."""
+
+    code = "registry-failed"
+
+
+class RegistryUnreachable(RegistryFailed, ConnectionError):
+    """The registry could not be reached, or the connection to it ended; what was whole by then is kept."""
+
+    code = "registry-unreachable"
+
+
+class RegistryRefused(RegistryFailed, PermissionError):
+    """The registry wants a login, or this login may not read the image (or there is none: some do not say)."""
+
+    code = "registry-refused"
+
+
 class VMNotFound(ByreError, LookupError):
     """No detached VM has this name."""
 
@@ -163,6 +181,9 @@ __all__ = [
     "ProgramNotExecutable",
     "ProgramNotFound",
     "ReadOnlyFiles",
+    "RegistryFailed",
+    "RegistryRefused",
+    "RegistryUnreachable",
     "RequestTooLarge",
     "ResourceExhausted",
     "RuntimeFailed",

@@ -28,6 +28,8 @@ from . import cow, file_operation, file_streams, files, health, local, vm
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer, WriteableBuffer
 
+    from . import images
+
 T = TypeVar("T")
 
 #: Bytes that a file object of a stream buffers.
@@ -229,6 +231,20 @@ class LocalHost(Facade):
     def __init__(self) -> None:
         self._target = _loop.run(_in_loop(local.LocalHost, (), {}))
         self._target._sync_facade = self
+
+
+def pull_image(name: str, **options: Any) -> images.Image:
+    """`byre.images.pull`."""
+    from . import images
+
+    return _loop.run(images.pull(name, **options))
+
+
+def import_image(source: str, name: str = "", **options: Any) -> images.Image:
+    """`byre.images.import_image`."""
+    from . import images
+
+    return _loop.run(images.import_image(source, name, **options))
 
 
 class Event(threading.Event):

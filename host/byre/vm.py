@@ -210,8 +210,11 @@ class UtilityVM(GuestProcessHost):
     async def create_container(self, id: str = "", *, image: str, **options: Any) -> GuestContainer:
         """Make a container of an image; `start` runs it (B20).  `options`: see `creation.ContainerOptions`.
 
-        Raises `ImageNotFound`, `ImageInvalid`, `ContainerExists`, `UserNotFound`, ...; after an error or a
-        cancellation the id can be used again, and nothing is attached or mounted (B22).
+        `image` is a path or a name (`oci.reference` says which): ``oci:PATH[:TAG]``, ``./archive.tar``, ``debian``,
+        ``docker://registry:5000/app@sha256:…``.  A name is pulled where it is missing.
+
+        Raises `ImageNotFound`, `ImageInvalid`, `RegistryFailed`, `ContainerExists`, `UserNotFound`, ...; after an
+        error or a cancellation the id can be used again, and nothing is attached or mounted (B22).
         """
         return await creation.create(self.bridge, self._layers, id, image, ContainerOptions(**options))
 

@@ -64,6 +64,13 @@ def test_image_or_container_and_command_are_told_apart(line: str, target: str, c
         "logs",
         "image",
         "image export",
+        "image pull",
+        "image pull --tls-verify=maybe debian",
+        "image rm",
+        "image prune --older-than 3",
+        "run --pull sometimes debian",
+        "run --vm --pull always true",
+        "run --vm --tls-verify=false true",
         "up a b",
         "up --machine vax",
     ],
@@ -83,6 +90,13 @@ def test_usage_errors_exit_with_2_and_a_hint(line: str, capsys: pytest.CaptureFi
 )
 def test_sizes(text: str, size: int) -> None:
     assert parser.size(text) == size
+
+
+@pytest.mark.parametrize(
+    ("text", "age"), [("90s", 90), ("5m", 300), ("12h", 43200), ("30d", 30 * 86400), ("0s", 0)]
+)
+def test_ages(text: str, age: float) -> None:
+    assert parser.age(text) == age
 
 
 def test_flags_stand_before_and_after_the_command() -> None:
@@ -115,7 +129,8 @@ def test_every_command_leads_to_a_function() -> None:
         "logs a",
         "doctor",
     ]
-    lines += ["image build", "image ls", "image verify", "image export f", "image import f"]
+    lines += ["image build", "image ls", "image verify", "image export f", "image import f", "image pull a b"]
+    lines += ["image inspect a", "image rm a", "image prune"]
     for line in lines:
         module, function = parse(line.split()).command.split(":")
         assert callable(getattr(import_module(f"byre.cli.{module}"), function)), line

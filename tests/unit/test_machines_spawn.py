@@ -9,12 +9,12 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
 
 import pytest
 
-from byre.machines.spawn import OwnedProcess, in_thread
+from byre.machines.spawn import OwnedProcess, in_thread, stoppable
 
 #: The child has a second after its owner's end (B42, B43); the rest is for a loaded host.
 PATIENCE = 10.0
@@ -94,16 +94,67 @@ def test_its_terminal_signals_are_the_owners() -> None:
     finish(process)
 
 
+def test_a_cancelled_thread_stops_at_its_next_check_and_is_waited_for() -> None:
+    running, ended, undone = threading.Event(), threading.Event(), list[int]()
+
+    def work(check: Callable[[], None]) -> int:
+        try:
+            running.set()
+            while True:
+                check()
+        finally:
+            ended.set()
+
+    async def main() -> None:
+        task = asyncio.create_task(stoppable(work, undone.append))
+        await in_thread(running.wait)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert ended.is_set() and undone == []
+
+    run_without_threads(main)
+
+
+def test_a_result_that_comes_after_the_cancellation_is_undone() -> None:
+    running, go_on, undone = threading.Event(), threading.Event(), list[int]()
+
+    def work(_: object) -> int:
+        running.set()
+        assert go_on.wait(PATIENCE)
+        return 42
+
+    async def main() -> None:
+        assert await stoppable(lambda check: 1, undone.append) == 1
+        task = asyncio.create_task(stoppable(work, undone.append))
+        await in_thread(running.wait)
+        for _ in range(2):  # the second one changes nothing
+            task.cancel()
+            await asyncio.sleep(0)
+        assert not task.done()
+        go_on.set()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert undone == [42]
+
+    run_without_threads(main)
+
+
 def test_in_thread_gives_results_errors_and_leaves_no_thread() -> None:
     async def main() -> None:
         assert await in_thread(lambda: 42) == 42
         with pytest.raises(KeyError):
             await in_thread(lambda: {}["x"])
-        for thread in threading.enumerate():
-            if thread.name == "byre-probe":
-                thread.join(PATIENCE)
 
+    run_without_threads(main)
+
+
+def run_without_threads(main: Callable[[], Coroutine[None, None, None]]) -> None:
+    """Run it, and wait for the last moments of the threads that it started."""
     asyncio.run(main())
+    for thread in threading.enumerate():
+        if thread.name == "byre-probe":
+            thread.join(PATIENCE)
 
 
 OWNER = """

@@ -480,3 +480,17 @@ def test_odd_layers_are_what_gnu_tar_makes_of_them(tmp_path: Path) -> None:
     third.add("newer", kind=tarfile.LNKTYPE, target="plain/x")
     third.add("null", b"no device now")
     assert _compare(layout(tmp_path, rich(), second.data(), third.data()), tmp_path) > 20
+
+
+@ROOT
+@pytest.mark.timeout(1500)
+@pytest.mark.parametrize("name", ["debian", "hundred"])
+def test_images_are_what_umoci_makes_of_them(tmp_path: Path, name: str) -> None:
+    source = images.debian_layout() if name == "debian" else images.hundred_layers()
+    found = prepare(source, tmp_path / "store")
+    command = ["umoci", "unpack", "--image", f"{source}:latest", tmp_path / "bundle"]
+    subprocess.run(command, check=True, capture_output=True)
+    unpacked = oci_oracle.describe(tmp_path / "bundle/rootfs")
+    with oci_oracle.mounted([image.path for image in found], tmp_path) as merged:
+        mounted = oci_oracle.describe(merged)
+    assert mounted == unpacked and len(mounted) > 200

@@ -15,6 +15,7 @@ import pytest
 from byre import Resources, UpdateResources, UtilityVM, boot, creation, disks, errors, health
 from byre.creation import ContainerOptions
 from byre.machines.memory import MemoryMachine
+from byre.oci.files import Lease
 from byre.oci.image import ImageConfig
 from byre.testing import FakeGuest, FakeProcess, Handler
 
@@ -277,7 +278,7 @@ def images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     for path in paths:
         path.write_bytes(bytes(512))
     config = ImageConfig(architecture="amd64", os="linux", cmd=("sh",), user="app")
-    monkeypatch.setattr(creation, "_prepare", lambda image, progress: (config, paths))
+    monkeypatch.setattr(creation, "_prepare", lambda image, options, check: (config, paths, Lease()))
     return paths
 
 

@@ -22,6 +22,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import machine_options
+from tests.unit import oci_registry
 
 pytestmark = pytest.mark.vm
 
@@ -377,3 +378,24 @@ def test_an_interrupted_boot_leaves_nothing(up: None, tmp_path: Path, monkeypatc
         running.send_signal(signal.SIGINT)
         assert running.wait(TIMEOUT) == 130
     assert [path for path in tmp_path.iterdir() if path.name != "byre"] == []
+
+
+@pytest.mark.parametrize("where", ["fresh", "up"])
+def test_an_image_is_pulled_from_its_registry_and_run(
+    up: None, busybox: str, where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
+    options = ["--rm", *(["--fresh"] if where == "fresh" else [])]
+    with oci_registry.registry(tmp_path / "registry") as address:
+        name = f"{address}/busybox:latest"
+        oci_registry.push(f"{busybox}:latest", name)
+        done = byre("run", *options, "--tls-verify=false", name, "echo", "hi")
+        assert (done.returncode, done.stdout) == (0, b"hi\n"), done.stderr
+        assert f"byre: pulling {name}\n".encode() in done.stderr
+    if where == "up":  # the registry is gone, the image is here
+        done = byre("run", "--rm", "--pull=never", name, "true")
+        assert (done.returncode, done.stderr) == (0, b"")
+        done = byre("run", "--rm", "--pull=always", "--tls-verify=false", name, "true")
+        assert done.returncode == 125 and b"hint: " in done.stderr
+        done = byre("run", "--rm", "--pull=never", "nosuch", "true")
+        assert done.returncode == 125 and b"hint: fetch it: byre image pull nosuch\n" in done.stderr

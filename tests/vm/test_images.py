@@ -9,6 +9,9 @@ from typing import Any
 import pytest
 
 from byre import ProcessParameters
+from byre.oci import files
+from byre.oci.layout import open_image
+from byre.oci.store import LayerStore
 from tests.conformance.test_process import SOON
 from tests.images import hundred_layers
 
@@ -76,3 +79,10 @@ async def test_a_hundred_layers(vm: Any) -> None:
             last, count = (await process.stdio.stdout.read()).split()
             assert last == b"99"
             assert int(count) == 99 + 1 + 1, "1 to 99, `last`, and the one that no layer hides"
+
+
+async def test_a_layer_that_a_machine_has_is_not_pruned(container: Any, busybox: str) -> None:
+    with open_image(busybox) as image:
+        (layer,) = LayerStore().prepare(image)
+    assert files.remove_unless_leased(layer.path) is None
+    assert layer.path.exists()

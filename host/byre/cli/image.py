@@ -1,4 +1,4 @@
-"""`byre image`: the guest image that VMs boot from.  All work is `byre_images`'s; this shows it."""
+"""`byre image`, for the guest image that VMs boot from.  All work is `byre_images`'s; `images` has containers'."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def build(_: argparse.Namespace) -> int:
 
 def ls(_: argparse.Namespace) -> int:
     current = byre_images.current()
-    rows = [("IMAGE", "KERNEL", "SIZE", "USED", "FOR")]
+    rows = [("GUEST IMAGE", "KERNEL", "SIZE", "USED", "FOR")]
     for image in byre_images.list_images():
         rows.append(
             (

@@ -31,14 +31,26 @@ ends with byre, even when that is killed by SIGKILL; what -d started goes on."""
 #: Flags of `run` that mean nothing for a process in the VM itself.
 _CONTAINER_FLAGS = (
     *("detach", "rm", "name", "pids_limit", "entrypoint", "read_only", "privileged", "cap_add", "cap_drop"),
-    *("allow_new_privileges", "tmpfs", "hostname"),
+    *("allow_new_privileges", "tmpfs", "hostname", "pull", "authfile", "tls_verify"),
 )
 
 _RUN = """\
 Run a command in a new container, or (--vm) in the virtual machine itself.
 
+    byre run NAME [--] [COMMAND...]              NAME: debian, docker.io/library/debian:12, host:5000/app@sha256:...
     byre run oci:PATH[:TAG] [--] [COMMAND...]    PATH: an OCI layout directory, an OCI or docker archive
     byre run --vm [--] COMMAND..."""
+
+_NAMES = """\
+image names: what begins with / or ./ or ../ or oci: or docker-archive: is a path; everything else is a name in a
+registry, whatever files there are: debian is docker.io/library/debian:latest.  docker:// may stand before it."""
+
+_IMAGE = """\
+Containers' images, and the guest image that VMs boot from.
+
+    byre image pull | inspect | rm | prune     containers' images, fetched by skopeo with its logins and mirrors
+    byre image build | verify | export         the guest image
+    byre image ls | import                     both: import looks what the file is"""
 
 _EXEC = """\
 Run a command in a container that is there, or (--vm) in a VM that is up.
@@ -117,7 +129,7 @@ def build() -> Parser:
         _common(sub, default=argparse.SUPPRESS)
         return sub
 
-    _run(add("run", "run:run", _RUN, epilog=f"{_WHICH_VM}\n\n{_STATUS}"))
+    _run(add("run", "run:run", _RUN, epilog=f"{_NAMES}\n\n{_WHICH_VM}\n\n{_STATUS}"))
     _exec(add("exec", "execute:execute", _EXEC, epilog=_STATUS))
     _cp(add("cp", "copy:cp", _CP, epilog=_CP_RULES))
     _shell(add("shell", "execute:shell", "Open a shell in a VM that is up, or (-C) in a container of it."))
@@ -126,7 +138,7 @@ def build() -> Parser:
     add("ps", "vms:ps", "List the VMs that are up, their containers and their processes.")
     _containers(add)
     add("doctor", "doctor:doctor", "Say what this host has: accelerator and why, transports, tools, image.")
-    _image(add("image", "image:ls", "Build and look after the guest image that VMs boot from."))
+    _image(add("image", "images:ls", _IMAGE))
     return parser
 
 
@@ -150,6 +162,8 @@ def _run(parser: Parser) -> None:
     add("--entrypoint", metavar="PROGRAM", help="run this instead of the image's entrypoint")
     add("--read-only", action="store_true", help="the container cannot write its root file system")
     add("--tmpfs", action="append", default=[], metavar="PATH[:OPTIONS]", help="a tmpfs at this path")
+    add("--pull", choices=("missing", "always", "never"), default="", help="when to fetch the image (missing)")
+    _registry(parser)
     add("--hostname", metavar="NAME", help="host name inside; the container's id without it")
     add("--privileged", action="store_true", help="all capabilities and devices: the VM is the boundary")
     add("--cap-add", action="append", default=[], metavar="CAP", help="one capability more")
@@ -242,15 +256,40 @@ def _image(parser: Parser) -> None:
 
     def add(name: str, text: str) -> Parser:
         sub = actions.add_parser(name, help=text, description=text, allow_abbrev=False)
-        sub.set_defaults(command=f"image:{name}".replace(":import", ":import_"), parser=sub)
+        module = "image" if name in ("build", "verify", "export") else "images"
+        sub.set_defaults(command=f"{module}:{name}".replace(":import", ":import_"), parser=sub)
         _common(sub, default=argparse.SUPPRESS)
         return sub
 
+    for name, text in (
+        ("pull", "Fetch images from their registries, or what has changed of them."),
+        ("inspect", "Print what images are, as JSON: configuration, layers, digests."),
+        ("rm", "Remove images by name or digest, and what only they needed."),
+    ):
+        sub = add(name, text)
+        sub.add_argument("names", metavar="NAME", nargs="+", help="[REGISTRY[:PORT]/]NAME[:TAG][@DIGEST]")
+        if name == "pull":
+            _registry(sub)
+    sub = add("prune", "Remove what no image needs, and converted layers that nobody used for long; say how much.")
+    sub.add_argument("--older-than", type=age, default=age("30d"), metavar="AGE",
+                     help="layers not used for so long, as 90s, 12h or 30d (30d)")  # fmt: skip
+    sub.add_argument("--keep", type=size, metavar="BYTES", help="and the oldest, until this much is left, as 10g")
+    add("ls", "List containers' images, and the guest images that are built.")
+    sub = add("import", "Take in a file: an OCI or docker archive or layout, or what `byre image export` wrote.")
+    sub.add_argument("file", metavar="FILE", help="PATH[:TAG]")
+    sub.add_argument("name", metavar="NAME", nargs="?", default="", help="of the image; the one that it has itself")
     add("build", "Build the guest image from Debian packages, or find the one that is built.")
-    add("ls", "List the images that are built.")
-    add("verify", "Compare an image's files with its manifest.")
-    add("export", "Write the image to one file, for hosts that cannot build it.").add_argument("file")
-    add("import", "Take in a file that `byre image export` wrote.").add_argument("file")
+    add("verify", "Compare the guest images' files with their manifests.")
+    add("export", "Write the guest image to one file, for hosts that cannot build it.").add_argument("file")
+
+
+def _registry(parser: Parser) -> None:
+    parser.add_argument(
+        "--authfile", metavar="FILE", default="", help="logins; those of skopeo and podman without it"
+    )
+    parser.add_argument(
+        "--tls-verify", choices=("true", "false"), default="", help="false: a registry without TLS or certificate"
+    )
 
 
 def _split_command(arguments: argparse.Namespace) -> None:
@@ -296,6 +335,14 @@ def size(text: str) -> int:
     if scale is None or not digits.isascii() or not digits.isdecimal() or not int(digits):
         raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 512m or 2g")
     return int(digits) << scale
+
+
+def age(text: str) -> float:
+    """Seconds, from a number with a unit s, m, h or d."""
+    scale = {"s": 1, "m": 60, "h": 3600, "d": 86400}.get(text[-1:])
+    if scale is None or not text[:-1].isascii() or not text[:-1].isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not an age such as 12h or 30d")
+    return float(int(text[:-1]) * scale)
 
 
 def _positive_float(text: str) -> float:

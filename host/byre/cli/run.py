@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import sys
 from typing import TYPE_CHECKING, Any
 
 from byre import rundir
@@ -12,7 +11,8 @@ from byre.errors import ContainerNotFound
 from byre.parameters import Resources
 
 from . import foreground, terminal
-from .selection import Progress, check_terminal, parameters, talkative, variables, vm_of
+from .progress import Progress
+from .selection import check_terminal, parameters, registry_of, talkative, variables, vm_of
 from .status import say
 from .vms import bring_up
 
@@ -43,7 +43,10 @@ async def _foreground(arguments: argparse.Namespace, signals: foreground.Signals
 
 
 async def _container(arguments: argparse.Namespace, signals: foreground.Signals, vm: UtilityVM, own: bool) -> int:
-    container = await _create(arguments, vm)
+    # A VM of our own booted while the image was fetched.
+    with Progress() as shown:
+        pull = "missing" if own and arguments.pull != "never" else arguments.pull
+        container = await _create(arguments, vm, pull, shown)
     ended = False
     try:
         if arguments.rm and not own:
@@ -81,7 +84,8 @@ async def _detach(arguments: argparse.Namespace) -> int:
     from byre.vm import UtilityVM
 
     async with await UtilityVM.attach(name) as vm:
-        container = await _create(arguments, vm)
+        with Progress() as shown:
+            container = await _create(arguments, vm, arguments.pull, shown)
         started = False
         try:
             if arguments.rm:
@@ -94,13 +98,11 @@ async def _detach(arguments: argparse.Namespace) -> int:
     return 0
 
 
-async def _create(arguments: argparse.Namespace, vm: UtilityVM) -> GuestContainer:
+async def _create(arguments: argparse.Namespace, vm: UtilityVM, pull: str, shown: Progress) -> GuestContainer:
     width, height = terminal.size(1)
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = {"pull": pull or "missing", "registry": registry_of(arguments), "progress": shown}
     if arguments.entrypoint is not None:
         options["entrypoint"] = [arguments.entrypoint] if arguments.entrypoint else []
-    if sys.stderr.isatty():
-        options["progress"] = Progress()
     return await vm.create_container(
         arguments.name,
         image=arguments.target,

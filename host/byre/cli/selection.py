@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from byre import rundir
 from byre.errors import InvalidRequest
-from byre.machines.spawn import in_thread
+from byre.machines.spawn import stoppable
 from byre.parameters import ProcessParameters
 from byre.vm import UtilityVM
 
@@ -26,8 +26,9 @@ from .status import say
 
 if TYPE_CHECKING:
     import argparse
+    from collections.abc import Callable
 
-    from byre.oci.store import LayerProgress
+    from byre.oci.registry import Registry
 
 #: A VM of the command's own has this much memory, or what its container is allowed and this much more: for the
 #: kernel, the agent, and the container's writable layer.
@@ -58,17 +59,17 @@ async def vm_of(arguments: argparse.Namespace) -> AsyncIterator[tuple[UtilityVM,
     if talkative(arguments):
         say("in a VM of its own, which boots now")
     vm = UtilityVM(**_size(arguments))
-    async with _boot(vm, "" if arguments.vm else arguments.target):
+    async with _boot(vm, arguments):
         yield vm, True
 
 
 @contextlib.asynccontextmanager
-async def _boot(vm: UtilityVM, image: str) -> AsyncIterator[None]:
+async def _boot(vm: UtilityVM, arguments: argparse.Namespace) -> AsyncIterator[None]:
     """Boot, while the image's layers are made ready: one that is not there is not worth waiting for a VM."""
     booting = asyncio.create_task(vm.start(say))
     tasks: set[asyncio.Task[Any]] = {booting}
-    if image:
-        tasks.add(asyncio.create_task(in_thread(lambda: _prepare(image))))
+    if not arguments.vm:
+        tasks.add(asyncio.create_task(stoppable(lambda check: _prepare(arguments, check))))
     try:
         done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
         for task in done:
@@ -81,29 +82,21 @@ async def _boot(vm: UtilityVM, image: str) -> AsyncIterator[None]:
         await vm.close()
 
 
-def _prepare(image: str) -> None:
-    """Convert what is not in the cache.  Blocks."""
-    from byre.oci.layout import open_image
-    from byre.oci.store import LayerStore
+def _prepare(arguments: argparse.Namespace, check: Callable[[], None]) -> None:
+    """Fetch what is not here, and convert what is not in the cache.  Blocks."""
+    from byre.oci.pull import PullProgress, obtained
+    from byre.oci.store import LayerProgress, LayerStore
 
-    with open_image(image) as found:
-        LayerStore().prepare(found, Progress() if sys.stderr.isatty() else None)
+    from .progress import Progress
 
+    with Progress() as shown:
 
-class Progress:
-    """Layers are converted once; on a terminal that is one line, which is written over and gone at the end."""
+        def tell(step: PullProgress | LayerProgress) -> None:
+            check()
+            shown(step)
 
-    def __init__(self) -> None:
-        self._shown = ""
-
-    def __call__(self, step: LayerProgress) -> None:
-        percent = 100 * step.done // max(1, step.total)
-        text = f"byre: preparing layer {step.number} of {step.layers}: {percent} %"
-        if percent >= 100 and step.number == step.layers:
-            text = ""
-        if text != self._shown:
-            self._shown = text
-            print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
+        with obtained(arguments.target, arguments.pull or "missing", registry_of(arguments), tell) as found:
+            LayerStore().prepare(found, tell)
 
 
 async def attach(name: str) -> UtilityVM:
@@ -121,6 +114,13 @@ def _size(arguments: argparse.Namespace) -> dict[str, Any]:
         wanted = math.ceil(arguments.memory / MIB)
         options["memory_mib"] = wanted if arguments.vm else wanted + OWN_MEMORY_MIB
     return options
+
+
+def registry_of(arguments: argparse.Namespace) -> Registry:
+    """What the flags say about registries."""
+    from byre.oci.registry import Registry
+
+    return Registry(authfile=arguments.authfile or None, tls_verify=arguments.tls_verify != "false")
 
 
 def variables(arguments: argparse.Namespace) -> dict[str, str]:

@@ -147,6 +147,7 @@ class Machine(abc.ABC):
         if self._exit is None:
             self._exit = how
             self._ended.set()
+            self._disks.end()
             for waiting in list(self._waiting):
                 waiting.end()
 

@@ -1,7 +1,8 @@
 """Which disk is on which place of a machine's SCSI bus, and how many want it there (B60, B62).
 
 Rule: a place is free, or taken by one file, or lost (its removal failed, so nobody may have it again).  Adding and
-removing themselves are the machine's; this table only says when.
+removing themselves are the machine's; this table only says when.  A file is leased for as long as it has a place,
+so that nobody takes a layer for unused (`byre.oci.eviction`).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from byre.errors import InvalidRequest, MachineFailed, ResourceExhausted
+from byre.oci.files import Lease
 from byre_proto.errors import ByreError
 
 if TYPE_CHECKING:
@@ -45,6 +47,7 @@ class _Place:
     plugged: bool = False
     lost: bool = False
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    lease: Lease = field(default_factory=Lease)
 
 
 class DiskTable:
@@ -55,6 +58,7 @@ class DiskTable:
         self._unplug = unplug
         self._places: dict[tuple[int, int], _Place] = {}
         self._free = list(range(MAX_DISKS - 1, -1, -1))
+        self._lost: list[Lease] = []
         self._serials = itertools.count(1)
 
     async def attach(self, path: Path, *, read_only: bool) -> Disk:
@@ -81,6 +85,11 @@ class DiskTable:
                     await self._remove(place)
         finally:
             self._let_go(place)
+
+    def end(self) -> None:
+        """The machine is gone, and needs no file any more."""
+        for lease in (*self._lost, *(place.lease for place in self._places.values())):
+            lease.close()
 
     async def _plug_or_tidy(self, place: _Place) -> None:
         try:
@@ -119,6 +128,8 @@ class DiskTable:
             serial = f"byre{next(self._serials)}"
             disk = Disk(target=self._free.pop(), lun=0, path=path, serial=serial, read_only=read_only)
             place = self._places[identity] = _Place(disk, identity)
+            if path.is_file():
+                place.lease.add(path)
         elif place.disk.read_only != read_only:
             held = "read-only" if place.disk.read_only else "writable"
             raise InvalidRequest(f"{path} is attached already, {held}", hint="detach it first")
@@ -128,7 +139,10 @@ class DiskTable:
         place.references -= 1
         if not place.references:
             del self._places[place.identity]
-            if not place.lost:
+            if place.lost:
+                self._lost.append(place.lease)  # the emulator may still have it open
+            else:
+                place.lease.close()
                 self._free.append(place.disk.target)
 
 

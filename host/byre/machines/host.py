@@ -51,7 +51,9 @@ class HostReport:
 
 def describe_host() -> HostReport:
     """Look at everything.  Blocks: up to some seconds the first time after a boot."""
-    return HostReport((*_tools(), _accelerator(), _machine(), *_transports(), _memory(), *_builder_tools()))
+    return HostReport(
+        (*_tools(), _accelerator(), _machine(), *_transports(), _memory(), _skopeo(), *_builder_tools())
+    )
 
 
 def qemu_version() -> tuple[int, int, int] | None:
@@ -123,6 +125,12 @@ def _memory() -> HostFact:
     ok = available >= needed
     hint = "" if ok else f"a machine takes up to {needed} MiB unless told otherwise"
     return HostFact("memory", ok, f"{available} MiB available, {os.cpu_count()} CPUs", hint)
+
+
+def _skopeo() -> HostFact:
+    """Not fatal: images can be imported from archives."""
+    path = shutil.which("skopeo")
+    return HostFact("skopeo", True, path or "not installed", "" if path else "apt install skopeo, to pull images")
 
 
 def _builder_tools() -> list[HostFact]:

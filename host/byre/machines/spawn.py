@@ -56,6 +56,34 @@ async def in_thread(function: Callable[[], T]) -> T:
     return await asyncio.wrap_future(result)
 
 
+class Stopped(BaseException):
+    """What `check` raises in the thread of `stoppable` whose caller was cancelled; not for anybody to handle."""
+
+
+async def stoppable(function: Callable[[Callable[[], None]], T], undo: Callable[[T], object] = lambda _: None) -> T:
+    """`in_thread`, for a function that calls `check`, which it is given, all along: a cancellation of this makes
+    that raise, and goes on when the thread has ended.  A result that came nevertheless goes to `undo`."""
+    stop = threading.Event()
+
+    def check() -> None:
+        if stop.is_set():
+            raise Stopped
+
+    work = asyncio.ensure_future(in_thread(lambda: function(check)))
+    try:
+        return await asyncio.shield(work)
+    except asyncio.CancelledError:
+        stop.set()
+        while not work.done():
+            try:
+                await asyncio.wait({work})
+            except asyncio.CancelledError:  # once is enough, and the end is near
+                continue
+        if work.exception() is None:
+            undo(work.result())
+        raise
+
+
 class OwnedProcess:
     """A child process in a session of its own: a terminal's Ctrl-C is for the owner to handle.
 

@@ -54,12 +54,19 @@ class LayerSource:
 
 @dataclass(frozen=True)
 class ContainerImage:
-    """An image that was found; its layers' blobs can be read while the source they came from is open."""
+    """An image that was found; its layers' blobs can be read while the source they came from is open.
+
+    `manifest` and `config_document` are the JSON documents that were verified (a docker archive has no manifest of
+    this kind: b"" and a digest of its configuration); `names` are those that the source itself gives it.
+    """
 
     reference: str
     manifest_digest: str
     config: ImageConfig
     layers: list[LayerSource]
+    manifest: bytes = b""
+    config_document: bytes = b""
+    names: tuple[str, ...] = ()
 
 
 def check_digest(value: str, what: str) -> str:

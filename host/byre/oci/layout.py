@@ -1,7 +1,7 @@
 """Finds a container image by its reference: OCI layouts, OCI archives and docker archives.
 
 Rule: what this returns was checked against its digests, except the layers' blobs, which are large and are
-checked when they are converted.  Nothing is fetched: the hint of a reference to a registry says how.
+checked when they are converted.  Nothing is fetched: `pull` does that.
 Source: OCI image-spec v1.1 `image-layout.md`, `image-index.md`, `manifest.md`; containers-transports(5).
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -49,8 +49,8 @@ _LAYERS = {
     ),
 }
 _OCI_ONLY = ("oci", "oci-archive")
-_REF_NAME = "org.opencontainers.image.ref.name"
-_FETCH = "to fetch an image: skopeo copy docker://docker.io/library/debian:stable-slim oci:debian"
+_REF_NAME, _CONTAINERD_NAME = "org.opencontainers.image.ref.name", "io.containerd.image.name"
+_FETCH = "to fetch an image: byre image pull debian:stable-slim, or skopeo copy"
 
 
 @contextmanager
@@ -107,20 +107,24 @@ def _exists(path: Path) -> bool:
 
 
 def _from_layout(files: Files, reference: str, tag: str) -> ContainerImage:
-    layout = _json(blobs.read(files, "oci-layout", MAX_DOCUMENT), "oci-layout")
+    layout = parse_json(blobs.read(files, "oci-layout", MAX_DOCUMENT), "oci-layout")
     version = get(layout, "imageLayoutVersion", str, "oci-layout")
     if version != "1.0.0":
         raise ImageInvalid(f"the layout has the version {show(version)}; only 1.0.0 is known")
-    index = _json(blobs.read(files, "index.json", MAX_DOCUMENT), "index.json")
+    index = parse_json(blobs.read(files, "index.json", MAX_DOCUMENT), "index.json")
     entries = [d for d in get(index, "manifests", list, "index.json") if _is_image(d)]
     descriptor = _platform(_tagged(entries, reference, tag), reference)
     for _ in range(MAX_INDEX_DEPTH):
         if descriptor.get("mediaType") not in _INDEXES:
-            return _from_manifest(files, reference, descriptor)
-        nested = _json(_blob(files, descriptor, "the index"), "the index")
-        found = [d for d in get(nested, "manifests", list, "the index") if _is_image(d)]
-        descriptor = _platform(found, reference)
+            return from_manifest(files, reference, descriptor)
+        nested = parse_json(_blob(files, descriptor, "the index"), "the index")
+        descriptor = for_platform(nested, reference)
     raise ImageInvalid(f"the image's indexes are nested deeper than {MAX_INDEX_DEPTH}")
+
+
+def for_platform(index: Any, reference: str) -> dict[str, Any]:
+    """The descriptor for the guest's platform out of an index.  Raises ImageNotFound, ImageInvalid."""
+    return _platform([d for d in get(index, "manifests", list, "the index") if _is_image(d)], reference)
 
 
 def _is_image(descriptor: Any) -> bool:
@@ -178,20 +182,22 @@ def _no_platform(names: list[str], reference: str) -> ImageNotFound:
     listed = ", ".join(show(name) for name in names) or "no platform"
     return ImageNotFound(
         f"the image is for {listed}, and the guest is {OS}/{ARCHITECTURE}",
-        hint=f"fetch it with skopeo --override-arch {ARCHITECTURE} copy …",
+        hint=f"use an image for it; where there are several, skopeo --override-arch {ARCHITECTURE} copy takes it",
         reference=reference,
     )
 
 
-def _from_manifest(files: Files, reference: str, descriptor: dict[str, Any]) -> ContainerImage:
+def from_manifest(files: Files, reference: str, descriptor: Mapping[str, Any]) -> ContainerImage:
+    """The image whose manifest is the blob that `descriptor` describes; its other blobs lie beside it."""
     raw = _blob(files, descriptor, "the manifest")
-    manifest = _json(raw, "the manifest")
-    config_descriptor = get(manifest, "config", dict, "the manifest")
-    config = parse_config(_json(_blob(files, config_descriptor, "the configuration"), "the image's configuration"))
+    manifest = parse_json(raw, "the manifest")
+    config_document = _blob(files, get(manifest, "config", dict, "the manifest"), "the configuration")
     described = get(manifest, "layers", list, "the manifest")
-    _check_image(config, len(described), reference)
+    config = check_config(config_document, len(described), reference)
     layers = [_layer(files, d, diff_id) for d, diff_id in zip(described, config.diff_ids, strict=True)]
-    return ContainerImage(reference, descriptor["digest"], config, layers)
+    annotations = get(descriptor, "annotations", dict, "a descriptor", {})
+    names = tuple(str(annotations[key]) for key in (_CONTAINERD_NAME, _REF_NAME) if annotations.get(key))
+    return ContainerImage(reference, descriptor["digest"], config, layers, raw, config_document, names)
 
 
 def _layer(files: Files, descriptor: Any, diff_id: str) -> LayerSource:
@@ -221,7 +227,7 @@ def _locate(files: Files, descriptor: Any, what: str) -> tuple[str, int]:
     return name, size
 
 
-def _blob(files: Files, descriptor: Any, what: str) -> bytes:
+def _blob(files: Files, descriptor: Mapping[str, Any], what: str) -> bytes:
     """A document's bytes, checked against the digest that its descriptor has."""
     name, _ = _locate(files, descriptor, what)
     data = blobs.read(files, name, MAX_DOCUMENT)
@@ -234,7 +240,9 @@ def _blob(files: Files, descriptor: Any, what: str) -> bytes:
     return data
 
 
-def _check_image(config: ImageConfig, layers: int, reference: str) -> None:
+def check_config(document: bytes, layers: int, reference: str) -> ImageConfig:
+    """The configuration of an image that has as many layers and that the guest can run."""
+    config = parse_config(parse_json(document, "the image's configuration"))
     if (config.os, config.architecture) != (OS, ARCHITECTURE):
         raise _no_platform([f"{config.os}/{config.architecture}"], reference)
     if layers != len(config.diff_ids):
@@ -246,9 +254,10 @@ def _check_image(config: ImageConfig, layers: int, reference: str) -> None:
             f"the image has {layers} layers; an overlay takes {MAX_LAYERS}",
             hint="flatten the image, for example with docker export and docker import",
         )
+    return config
 
 
-def _json(data: bytes, what: str) -> Any:
+def parse_json(data: bytes, what: str) -> Any:
     try:
         return json.loads(data)
     except (ValueError, RecursionError) as error:
@@ -260,7 +269,7 @@ def _json(data: bytes, what: str) -> Any:
 
 def _from_docker(files: Files, reference: str, tag: str) -> ContainerImage:
     what = "manifest.json"
-    document = _json(blobs.read(files, what, MAX_DOCUMENT), what)
+    document = parse_json(blobs.read(files, what, MAX_DOCUMENT), what)
     if not isinstance(document, list):
         raise ImageInvalid(f"{what} is not a list")
     entries = [item for item in document if not tag or _named(item, tag)]
@@ -270,11 +279,12 @@ def _from_docker(files: Files, reference: str, tag: str) -> ContainerImage:
         missing = f"no image {show(tag)}" if tag else f"{len(entries)} images"
         raise ImageNotFound(f"the docker archive has {missing}", hint=f"{listed}; give :NAME:TAG", tags=tags)
     raw = blobs.read(files, get(entries[0], "Config", str, what), MAX_DOCUMENT)
-    config = parse_config(_json(raw, "the image's configuration"))
-    names = get(entries[0], "Layers", list, what)
-    _check_image(config, len(names), reference)
-    layers = [_docker_layer(files, name, diff_id) for name, diff_id in zip(names, config.diff_ids, strict=True)]
-    return ContainerImage(reference, "sha256:" + hashlib.sha256(raw).hexdigest(), config, layers)
+    members = get(entries[0], "Layers", list, what)
+    config = check_config(raw, len(members), reference)
+    layers = [_docker_layer(files, name, diff_id) for name, diff_id in zip(members, config.diff_ids, strict=True)]
+    names = tuple(str(name) for name in get(entries[0], "RepoTags", list, what, []))
+    digest = "sha256:" + hashlib.sha256(raw).hexdigest()
+    return ContainerImage(reference, digest, config, layers, config_document=raw, names=names)
 
 
 def _named(item: Any, tag: str) -> bool:

@@ -8,33 +8,31 @@ determines its contents:
     v1/chains/CHAIN          the KEY of a stack's topmost layer; CHAIN: hash of the stack's diff_ids
     v1/locks/DIFF_ID         held while a layer of this diff_id is worked on: one works, the others wait for it
 
-The lock is flock(2), which ends with its holder, so a kill -9 leaves nothing to clean up but a file in
-v1/new, which the next worker on that layer replaces.
+The locks end with their holder (`files`), so a kill -9 leaves nothing to clean up but a file in v1/new, which
+the next worker on that layer replaces.  An image that is in use is leased; `eviction` removes only others.
 """
 
 from __future__ import annotations
 
-import fcntl
+import contextlib
 import hashlib
 import logging
 import os
-import time
 import zlib
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple, cast
 
 import msgpack
 
 from byre.errors import StorageFailed
-from byre.oci import layers
+from byre.oci import files, layers
 from byre.oci.image import ContainerImage, LayerSource
 from byre.oci.tarstream import Entry
 from byre.oci.tree import Item, Tree
 
-#: Seconds between two looks at a lock that another process holds: flock has no timeout of its own.
-_LOCK_POLL = 0.05
+#: Attempts to take a lease on layers that another process keeps removing.
+_LEASE_ATTEMPTS = 5
 
 _log = logging.getLogger(__name__)
 
@@ -65,6 +63,14 @@ def default_root() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "byre" / "layers"
 
 
+def chains(diff_ids: Sequence[str]) -> list[str]:
+    """The names of a stack's chains: one for each layer with all those below it."""
+    names = [""]
+    for diff_id in diff_ids:
+        names.append(hashlib.sha256(f"{names[-1]} {diff_id}".encode()).hexdigest())
+    return names[1:]
+
+
 class LayerStore:
     """Safe for several threads and processes at once."""
 
@@ -90,6 +96,17 @@ class LayerStore:
                 hint="make room or set XDG_CACHE_HOME to another directory",
             ) from error
 
+    def lease(
+        self, image: ContainerImage, progress: Progress | None = None
+    ) -> tuple[list[LayerImage], files.Lease]:
+        """As `prepare`; until the lease is closed nobody prunes these images."""
+        for _ in range(_LEASE_ATTEMPTS):
+            found, lease = self.prepare(image, progress), files.Lease()
+            if all(lease.add(layer.path) for layer in found):
+                return found, lease
+            lease.close()  # some were pruned between the two steps
+        raise StorageFailed(f"the cache of layers at {self._root} is being emptied again and again")
+
 
 class _Preparation:
     """One call of `prepare`.  The tree of the layers is built only when the first one is not in the cache."""
@@ -105,9 +122,7 @@ class _Preparation:
         self._started = 0  # bytes done of the layer at work
 
     def run(self) -> list[LayerImage]:
-        chain = ""
-        for number in range(len(self._layers)):
-            chain = hashlib.sha256(f"{chain} {self._diff_ids[number]}".encode()).hexdigest()
+        for number, chain in enumerate(chains(self._diff_ids)):
             if not self._cached(chain):
                 with self._lock(number):
                     if not self._cached(chain):  # another worker may have made it meanwhile
@@ -131,18 +146,15 @@ class _Preparation:
 
     def _image(self, key: str) -> LayerImage | None:
         path = self._root / "images" / f"{key}.squashfs"
+        with contextlib.suppress(OSError):  # a cache that somebody else keeps for us
+            os.utime(path)  # when it was used last, for `eviction`
         try:
             return LayerImage(path, key, path.stat().st_size)
         except FileNotFoundError:
             return None
 
     def _keep(self, name: str, data: bytes) -> None:
-        new = self._new(name.replace("/", "-"))
-        with open(new, "xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        self._publish(new, self._root / name)
+        files.write(self._new(name.replace("/", "-")), data, self._root / name)
 
     def _new(self, name: str) -> Path:
         """A name for a file that is being made; what a killed worker left there goes.  The caller has the
@@ -151,31 +163,9 @@ class _Preparation:
         path.unlink(missing_ok=True)
         return path
 
-    def _publish(self, new: Path, final: Path) -> None:
-        os.chmod(new, 0o400)
-        os.rename(new, final)
-        directory = os.open(final.parent, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
-
-    @contextmanager
-    def _lock(self, number: int) -> Iterator[None]:
-        fd = os.open(
-            self._root / "locks" / _file(self._diff_ids[number]), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600
-        )
-        try:
-            while True:
-                try:
-                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    break
-                except BlockingIOError:
-                    self._report(number, 0)  # lets the caller cancel; the holder's end frees the lock
-                    time.sleep(_LOCK_POLL)
-            yield
-        finally:
-            os.close(fd)
+    def _lock(self, number: int) -> contextlib.AbstractContextManager[None]:
+        # Reporting lets the caller cancel.
+        return files.locked(self._root / "locks" / _file(self._diff_ids[number]), lambda: self._report(number, 0))
 
     def _report(self, number: int, count: int) -> None:
         self._started += count
@@ -218,18 +208,20 @@ class _Preparation:
         copy = 0
         while (key := layers.plan_key(plan, self._diff_ids, copy)) in taken:
             copy += 1
-        found = self._image(key)
-        if found is not None:
-            return found
+        # Layers of different diff_ids give one image where none of its data is theirs: so a lock for the key too.
+        with files.locked(self._root / "locks" / key, lambda: self._report(number, 0)):
+            return self._image(key) or self._made(number, plan, key)
+
+    def _made(self, number: int, plan: Sequence[Item], key: str) -> LayerImage:
         new = self._new(f"{key}.squashfs")
+        final = self._root / "images" / new.name
         try:
             layers.convert(plan, self._layers, self._lists, new, lambda count: self._report(number, count))
-            self._publish(new, self._root / "images" / new.name)
+            size = new.stat().st_size
+            files.publish(new, final)
         finally:
             new.unlink(missing_ok=True)
-        made = self._image(key)
-        assert made is not None
-        return made
+        return LayerImage(final, key, size)
 
     # -- lists of entries ----------------------------------------------------------------------------------
 
