@@ -19,7 +19,8 @@ from pathlib import Path
 
 from byre.machines.accelerators import choose_accelerator
 from byre.machines.clock import tsc_khz
-from byre.machines.command_line import EMULATED_CPU
+from byre.machines.command_line import EMULATED_CPU, choose_machine, kernel_command_line
+from byre.machines.config import MachineConfig
 from byre_images import KERNEL_ARGUMENTS, Image
 from byre_images.initramfs import Node, cpio
 
@@ -85,10 +86,12 @@ async def bare_machine(
     """A running bare machine: its channel, and when QEMU was started (time.perf_counter)."""
     ours, theirs = socket.socketpair()
     ours.setblocking(False)
-    khz = tsc_khz()
-    append = " ".join(("quiet panic=-1 reboot=t console=ttyS0", *KERNEL_ARGUMENTS))
-    append += f" tsc_early_khz={khz}" if khz and machine == "microvm" else ""
     accelerator = choose_accelerator("auto").name
+    config = MachineConfig(
+        kernel=image.kernel, initramfs=image.initramfs, root=image.root, kernel_arguments=KERNEL_ARGUMENTS
+    )
+    choices, _ = choose_machine(machine, accelerator, tsc_khz())
+    append = kernel_command_line(config, choices, "")
     with tempfile.NamedTemporaryFile(prefix="byre-floor-") as file:
         file.write(initramfs(image, script))
         file.flush()
