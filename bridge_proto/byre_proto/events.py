@@ -99,11 +99,14 @@ class LogReceived(Event):
 
 
 class DataReceived(Event):
-    """Bytes of a stream; tell `consume` once the reader has taken them."""
+    """Bytes of a stream; tell `consume` once the reader has taken them.
+
+    They may be a view into what `receive_data` was given: whoever keeps them longer than that copies them.
+    """
 
     __slots__ = ("data", "stream")
 
-    def __init__(self, stream: int, data: bytes) -> None:
+    def __init__(self, stream: int, data: bytes | memoryview) -> None:
         self.stream = stream
         self.data = data
 

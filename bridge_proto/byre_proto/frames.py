@@ -19,6 +19,7 @@ from .limits import MAX_CONTROL, MAX_DATA
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from typing import Any
 
 HEADER = struct.Struct("!IBBHI")
 HEADER_SIZE = HEADER.size
@@ -115,14 +116,17 @@ def encode_data(stream: int, payload: bytes) -> tuple[bytes, ...]:
 class FrameBuffer:
     """Cuts a byte stream into frames.
 
-    Bytes are copied once, into the payload; only those of a frame that began in an earlier read are copied twice.
+    Large payloads are not copied: that of a DATA frame is a view into what was read or, of a frame that began in
+    an earlier read, into what was kept of it.
     """
 
     def __init__(self) -> None:
         self._begun = bytearray()  # a frame whose end has not come yet
 
-    def frames(self, data: bytes | bytearray | memoryview) -> Iterator[tuple[int, int, bytes]]:
+    def frames(self, data: bytes | bytearray | memoryview) -> Iterator[tuple[int, int, Any]]:
         """The frames that `data` completes, as `(type, stream, payload)`; the rest waits for the next data.
+
+        A payload is bytes, except that of DATA.
 
         Exhaust it, or give the buffer up.  Raises `RemoteProtocolError` on a header that no peer may send.
         """
@@ -141,10 +145,9 @@ class FrameBuffer:
             if end > size:
                 return
             at = end
-            with memoryview(begun) as whole:
-                payload = bytes(whole[HEADER_SIZE:])
-            begun.clear()
-            yield kind, stream, payload
+            payload = memoryview(begun)[HEADER_SIZE:]
+            begun = self._begun = bytearray()
+            yield kind, stream, payload if kind == DATA else payload.tobytes()
         while size - at >= HEADER_SIZE:
             length, kind, flags, zero, stream = HEADER.unpack_from(view, at)
             if kind != DATA or length > MAX_DATA or not stream or flags | zero:
@@ -152,9 +155,9 @@ class FrameBuffer:
             end = at + HEADER_SIZE + length
             if end > size:
                 break
-            payload = bytes(view[at + HEADER_SIZE : end])
+            payload = view[at + HEADER_SIZE : end]
             at = end
-            yield kind, stream, payload
+            yield kind, stream, payload if kind == DATA else payload.tobytes()
         begun += view[at:]
 
 

@@ -256,6 +256,23 @@ class Session:
         for start in range(0, len(data), limits.MAX_DATA):
             self.outbox.data(stream, frames.encode_data(number, data[start : start + limits.MAX_DATA]))
 
+    def send_header(self, number: int, size: int) -> bytes:
+        """The header of a DATA frame whose `size` bytes the caller itself gives to the channel, right behind it.
+
+        Only while nothing is `pending` (else it would overtake) and nothing is kept for a resumed session, and
+        within `credit` and MAX_DATA.
+        """
+        stream = self.streams.get(number)
+        if stream is None or not stream.sending:
+            raise LocalProtocolError(f"stream {number} is not open for sending")
+        if self.outbox.pending or self.outbox.keep_for_replay:
+            raise LocalProtocolError(f"stream {number}: data cannot be sent past the queue")
+        if not 0 < size <= min(stream.send_window.credit, limits.MAX_DATA):
+            raise LocalProtocolError(f"stream {number}: {size} bytes with credit for {stream.send_window.credit}")
+        stream.send_window.spend(size)
+        stream.sent += size
+        return frames.HEADER.pack(size, frames.DATA, 0, 0, number)
+
     def send_eof(self, number: int) -> int:
         """End our direction in good order; returns the bytes that were sent in all, -1 when it had ended."""
         stream = self.streams.get(number)
@@ -320,7 +337,7 @@ class Session:
 
     # -- what comes in -------------------------------------------------------------------------------------
 
-    def receive_frame(self, kind: int, stream: int, payload: bytes) -> None:
+    def receive_frame(self, kind: int, stream: int, payload: Any) -> None:
         """Take in one frame; adds to `events`.  Raises `RemoteProtocolError`: then the connection is over."""
         handler = self._handlers.get(kind)
         if handler is None:
@@ -405,7 +422,7 @@ class Session:
             raise RemoteProtocolError(f"stream {number} was never opened")
         return stream
 
-    def _on_data(self, number: int, payload: bytes) -> None:
+    def _on_data(self, number: int, payload: bytes | memoryview) -> None:
         stream = self.streams.get(number) or self._stream(number)
         if stream is None or not stream.receiving:
             return

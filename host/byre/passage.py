@@ -30,8 +30,8 @@ class Passage:
         source.readers[source_number] = this
         sink.writers[sink_number] = this
 
-    def feed_data(self, data: bytes) -> None:
-        self._waiting.append(data)
+    def feed_data(self, data: bytes | memoryview) -> None:
+        self._waiting.append(bytes(data))
         self.pump()
 
     def feed_eof(self) -> None:

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 #: largest window is held by a stream that is read anyway.
 MAX_LINE = MAX_WINDOW
 
-#: Bytes that a writer buffers before `drain` waits: asyncio's default for sockets.
-HIGH_WATER = 64 * 1024
+#: Bytes that a writer buffers before `drain` waits: one frame goes while the next is gathered.
+HIGH_WATER = MAX_DATA
 
 
 class BridgeReader(asyncio.StreamReader):
@@ -206,14 +206,17 @@ class StreamTransport(asyncio.Transport):
         self._protocol.connection_lost(error)
 
     def _take(self, room: int) -> bytes:
-        first = self._buffer[0]
-        if len(first) <= room:
-            self._buffer.popleft()
+        """Up to `room` bytes for one frame: small writes that had to wait are joined."""
+        pieces: list[bytes | memoryview] = []
+        while self._buffer and room:
+            first = self._buffer.popleft()
+            if len(first) > room:
+                self._buffer.appendleft(memoryview(first)[room:])
+                first = first[:room]
+            pieces.append(first)
             self._buffered -= len(first)
-            return bytes(first)
-        self._buffer[0] = memoryview(first)[room:]
-        self._buffered -= room
-        return bytes(first[:room])
+            room -= len(first)
+        return b"".join(pieces) if len(pieces) > 1 else bytes(pieces[0])
 
 
 def open_writer(bridge: Bridge, number: int = 0) -> tuple[int, asyncio.StreamWriter, StreamTransport]:

@@ -460,3 +460,25 @@ def test_the_sender_keeps_to_its_credit() -> None:
     assert pair.first.output() == b""
     with pytest.raises(LocalProtocolError):
         pair.first.session.send(99, b"x")
+
+
+def test_a_header_alone_is_for_data_that_overtakes_nothing() -> None:
+    pair = Pair()
+    number = pair.stream()
+    session = pair.first.session
+    header = session.send_header(number, 5)
+    pair.second.feed(header + b"bytes")
+    assert [(type(e), bytes(e.data)) for e in pair.second.take()] == [(events.DataReceived, b"bytes")]  # type: ignore[attr-defined]
+    assert session.send_eof(number) == 5
+    with pytest.raises(LocalProtocolError, match="not open"):
+        session.send_header(number, 1)
+    other = pair.stream()
+    with pytest.raises(LocalProtocolError, match="past the queue"):
+        session.send_header(other, 1)
+    pair.exchange()
+    for size in (0, limits.INITIAL_WINDOW + 1):
+        with pytest.raises(LocalProtocolError, match="with credit"):
+            session.send_header(other, size)
+    session.outbox.keep_for_replay = True
+    with pytest.raises(LocalProtocolError, match="past the queue"):
+        session.send_header(other, 1)
