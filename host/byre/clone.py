@@ -46,8 +46,8 @@ QUIESCE_TIMEOUT = 30.0
 #: Run in the guest before it is saved: what most first commands need is then in its memory and not on its disk.
 WARM = ("sh", "-c", "echo warm | cat; true; ls /; env; id; uname -a")
 
-#: After the agent has fallen quiet the kernel tidies up behind it (freed memory, timers): what is done before the state
-#: is saved no clone has to do.  In seconds.
+#: The kernel tidies up behind the agent (freed memory, timers): what is done before the state is saved no clone has
+#: to do.  In seconds.
 CALM = 0.2
 
 #: Between two looks whether another process has finished the template.  In seconds.
