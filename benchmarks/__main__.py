@@ -6,10 +6,13 @@ import argparse
 import asyncio
 import sys
 
-from . import boot, container, execs, layers, ping, stdio
+from . import boot, clone, container, execs, layers, ping, stdio
 
 BENCHMARKS = {
     "boot": boot.run,
+    "clone": clone.run,
+    "echo": clone.run_echo,
+    "cli": clone.run_command,
     "exec": execs.run,
     "exec-container": execs.run_in_container,
     "container": container.run,

@@ -21,7 +21,7 @@ async def run(runs: int) -> Report:
         for name, times in floors.items():
             times.append(await floor.boot_and_echo(image, name))
         started = time.perf_counter()
-        async with byre.UtilityVM(image=image) as vm:
+        async with byre.UtilityVM(image=image, template="off") as vm:
             result = await vm.run(["echo", "first"], capture_output=True)
             ours.append(time.perf_counter() - started)
             assert result.stdout == b"first\n"

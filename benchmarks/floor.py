@@ -9,18 +9,22 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import shutil
 import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from byre.machines.accelerators import choose_accelerator
 from byre.machines.clock import tsc_khz
 from byre.machines.command_line import EMULATED_CPU, choose_machine, kernel_command_line
 from byre.machines.config import MachineConfig
+from byre.machines.migration import Migration
+from byre.machines.qmp import Qmp
 from byre_images import KERNEL_ARGUMENTS, Image
 from byre_images.initramfs import Node, cpio
 
@@ -81,9 +85,12 @@ def _cat(image: Image, base: str, name: str) -> bytes:
 
 @contextlib.asynccontextmanager
 async def bare_machine(
-    image: Image, machine: str, script: str = ECHO
+    image: Image, machine: str, script: str = ECHO, *, more: Sequence[str] = (), handed: Sequence[int] = ()
 ) -> AsyncIterator[tuple[socket.socket, float]]:
-    """A running bare machine: its channel, and when QEMU was started (time.perf_counter)."""
+    """A running bare machine: its channel, and when QEMU was started (time.perf_counter).
+
+    `more` is added to QEMU's arguments, `handed` are descriptors that they name.
+    """
     ours, theirs = socket.socketpair()
     ours.setblocking(False)
     accelerator = choose_accelerator("auto").name
@@ -108,9 +115,9 @@ async def bare_machine(
         ]
         command += ["-kernel", str(image.kernel), "-initrd", file.name, "-append", append, "-serial", "null"]
         command += [*MACHINES[machine], "-chardev", f"socket,id=c,fd={theirs.fileno()}"]
-        command += ["-device", "virtserialport,chardev=c"]
+        command += ["-device", "virtserialport,chardev=c", *more]
         started = time.perf_counter()
-        process = await asyncio.create_subprocess_exec(*command, pass_fds=(theirs.fileno(),))
+        process = await asyncio.create_subprocess_exec(*command, pass_fds=(theirs.fileno(), *handed))
         theirs.close()
         try:
             async with asyncio.timeout(LIMIT):
@@ -124,9 +131,62 @@ async def bare_machine(
 
 async def boot_and_echo(image: Image, machine: str) -> float:
     """Seconds from QEMU's start to the first echoed byte at the host."""
-    loop = asyncio.get_running_loop()
     async with bare_machine(image, machine) as (channel, started):
-        await loop.sock_recv(channel, 64)
-        await loop.sock_sendall(channel, b"x\n")
-        await loop.sock_recv(channel, 64)
+        await asyncio.get_running_loop().sock_recv(channel, 64)
+        await echo(channel)
         return time.perf_counter() - started
+
+
+async def echo(channel: socket.socket) -> None:
+    """A line to the bare machine and back."""
+    loop = asyncio.get_running_loop()
+    await loop.sock_sendall(channel, b"x\n")
+    assert await loop.sock_recv(channel, 64) == b"x\n"
+
+
+class Saved:
+    """A bare machine that was saved while it waits for something to echo, in a directory of its own."""
+
+    def __init__(self, image: Image, machine: str, directory: Path) -> None:
+        self._image, self._machine = image, machine
+        self._memory, self._state = directory / f"{machine}-memory", directory / f"{machine}-state"
+
+    @contextlib.asynccontextmanager
+    async def _run(
+        self, *, shared: bool, more: Sequence[str] = (), handed: Sequence[int] = ()
+    ) -> AsyncIterator[Any]:
+        """The machine's channel, its QMP, and when it was started."""
+        memory = {"qom-type": "memory-backend-file", "id": "m", "size": 256 << 20, "mem-path": str(self._memory)}
+        ours, theirs = socket.socketpair()
+        arguments = ["-object", json.dumps({**memory, "share": shared}), "-machine", "memory-backend=m"]
+        arguments += ["-chardev", f"socket,id=q,fd={theirs.fileno()}", "-mon", "chardev=q,mode=control", *more]
+        fds = (theirs.fileno(), *handed)
+        async with bare_machine(self._image, self._machine, more=arguments, handed=fds) as (channel, started):
+            theirs.close()
+            migration: Migration
+            qmp = Qmp("bare", lambda name, data: migration.on_event(data) if name == "MIGRATION" else None)
+            migration = Migration(qmp.execute)
+            try:
+                await qmp.connect(ours)
+                yield channel, qmp, migration, started
+            finally:
+                await qmp.close(orderly=False)
+
+    async def save(self) -> None:
+        async with self._run(shared=True) as (channel, qmp, migration, _):
+            await asyncio.get_running_loop().sock_recv(channel, 64)
+            await echo(channel)
+            with self._state.open("wb") as file:
+                qmp.send_fd(file.fileno())
+                await qmp.execute("getfd", {"fdname": "state"})
+                await migration.save("state")
+
+    async def clone_and_echo(self) -> float:
+        """Seconds from QEMU's start to the first echoed byte at the host."""
+        with self._state.open("rb") as state:
+            fd = state.fileno()
+            async with self._run(shared=False, more=("-incoming", "defer"), handed=(fd,)) as running:
+                channel, _, migration, started = running
+                await migration.load(fd)
+                await echo(channel)
+                return float(time.perf_counter() - started)

@@ -12,6 +12,7 @@ PROCESS = "tests/conformance/test_process.py"
 CONTAINER = "tests/conformance/test_container.py"
 FILES = "tests/conformance/test_files.py"
 VM = "tests/vm/test_vm.py"
+CLONES = "tests/vm/test_clones.py"
 HOST = "tests/unit/test_vm_host.py"
 
 
@@ -619,9 +620,35 @@ MUTATIONS = (
         "B52",
         "all machines have the same identity",
         "guest/byre_guest/system.py",
-        '        file.write(machine_id + "\\n")',
-        '        file.write("0" * 32 + "\\n")',
+        'f"{machine_id}\\n".encode()',
+        'f"{machine_id[:0]:0<32}\\n".encode()',
         (f"{VM}::test_machines_differ_in_what_must_differ",),
+        "vm",
+    ),
+    Mutation(
+        "B52",
+        "a clone keeps its template's random numbers",
+        "guest/byre_guest/system.py",
+        '("entropy", arguments["entropy"], linux.add_entropy)',
+        '("entropy", b"", linux.add_entropy)',
+        (f"{CLONES}::test_what_must_differ_differs_in_every_clone_at_its_first_instant",),
+        "vm",
+    ),
+    Mutation(
+        "B52",
+        "a clone that could not be made its own is handed out",
+        "host/byre/boot.py",
+        '        except BaseException:\n            await bridge.close("the boot failed")\n            raise\n',
+        "        except BaseException:\n            info = {}\n",
+        ("tests/unit/test_clone.py::test_a_clone_that_cannot_be_made_its_own_is_not_handed_out",),
+    ),
+    Mutation(
+        "B30a",
+        "a clone's memory is its template's",
+        "host/byre/machines/command_line.py",
+        '"share": config.state_file is None',
+        '"share": True',
+        (f"{CLONES}::test_what_clones_do_leaves_the_template_as_it_was",),
         "vm",
     ),
     Mutation(

@@ -45,6 +45,9 @@ _PROCESS = {
 #: counts are what the agent read from the process's stdout and stderr, -1 while a stream is still open.
 _EXIT = {"code": ("int",), "signal": ("int",), "oom": ("bool", False)}
 
+#: What the agent writes to the console when it is quiet (`system.quiesce`).
+QUIET = "byre: the agent is quiet"
+
 #: Method -> (arguments, result).  Served by the guest's agent.
 METHODS: dict[str, tuple[dict[str, tuple[Any, ...]], dict[str, tuple[Any, ...]]]] = {
     # Identity, clock and entropy of this VM, once after each first connection (B52).
@@ -58,6 +61,9 @@ METHODS: dict[str, tuple[dict[str, tuple[Any, ...]], dict[str, tuple[Any, ...]]]
         },
         {"info": ("{any}",)},
     ),
+    # The machine is about to be saved: once this host has gone, the agent says so on the console and does nothing
+    # until another one comes, for whatever it did every clone would do.
+    "system.quiesce": ({}, {}),
     "system.info": ({}, {"info": ("{any}",)}),
     "system.stacks": ({}, {"text": ("str",)}),
     "process.create": (

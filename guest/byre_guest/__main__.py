@@ -15,6 +15,9 @@ import os
 import sys
 from time import monotonic
 
+from byre_proto.errors import NotSupported
+from byre_proto.messages import QUIET
+
 from . import channels, init, linux, logs, spawn, trees
 from .loop import EPOLLHUP, Loop
 from .processes import Processes
@@ -28,6 +31,7 @@ if TYPE_CHECKING:
     from typing import Any, NoReturn
 
     from .channels import Channel
+    from .server import Call
 
 #: A round of the loop that takes longer shows its stack on stderr (a VM's console), and again each time it passes.
 WATCHDOG_SECONDS = 20.0
@@ -37,6 +41,9 @@ REDIAL_SECONDS = (0.05, 2.0)
 
 #: As PID 1: how long after its start the agent settles, unless it has more to do than a first process before that.
 SETTLE_SECONDS = 1.0
+
+#: Between two looks whether all children have ended, before the agent falls quiet.
+QUIET_SECONDS = 0.02
 
 #: New objects before the collector runs.  It must run, for the cycles of ended processes; each run costs, though.
 GC_THRESHOLD = 5000
@@ -60,10 +67,12 @@ class Agent:
         self._redial_in = REDIAL_SECONDS[0]
         self._unsettled = {"system.configure", "process.create"}
         self.server.before_request = self._before_request
+        self._quiescing = False  # the host has asked for it, and has not gone yet
         system, processes = System(self.logs, timeline), self.processes
         self.server.handlers.update(
             {
                 "system.configure": system.configure,
+                "system.quiesce": self._quiesce,
                 "system.info": system.info,
                 "system.stacks": system.stacks,
                 "process.create": processes.create,
@@ -108,15 +117,38 @@ class Agent:
         channel = self._channel
         if channel is None:
             return
-        if channel.port and not self.server.connected and not mask & EPOLLHUP:
-            self.server.connect(channel, None)  # a host has opened the port
+        if channel.port and not self.server.connected:
+            if mask & EPOLLHUP:
+                self._quiet()
+            elif not self._quiescing:
+                self.server.connect(channel, None)  # a host has opened the port
         self.server.on_channel()
 
+    def _quiesce(self, call: Call, _arguments: dict[str, Any]) -> None:
+        """`system.quiesce`: this host will go, and the next one may be a clone's."""
+        if self.timeline is None:
+            raise NotSupported("this agent is no VM's init: its machine is not one to be saved")
+        if not self.reaper.idle:  # what its helpers do now, each clone would do
+            self.loop.call_later(QUIET_SECONDS, lambda: self._quiesce(call, _arguments))
+            return
+        self.processes.trees.make_ahead()
+        self._quiescing = True
+        call.reply({})
+
+    def _quiet(self) -> None:
+        """The host has gone: from here on the machine may be saved."""
+        if self._quiescing:
+            self._quiescing = False
+            init.say(QUIET)
+
     def dial(self, cid: int, port: int) -> None:
-        """Connect to the host by vsock; and again when it is not there, as after the restore of a snapshot."""
+        """Connect to the host by vsock; and again when it is not there, as after the restore of a snapshot.
+
+        A clone's host listens at another port, so it is looked up each time.
+        """
         self._dial = (cid, port)
         try:
-            channel = channels.dial(cid, port)
+            channel = channels.dial(*(channels.vsock_address() or self._dial))
         except OSError as error:
             self.logs.log(logs.DEBUG, f"vsock {cid}:{port}: {error}")
             self.loop.call_later(self._redial_in, lambda: self.dial(cid, port))
@@ -124,6 +156,7 @@ class Agent:
             return
         self._redial_in = REDIAL_SECONDS[0]
         self.attach(channel, channels.read_secret())
+        self._quiet()  # a clone's kernel resets this connection, which makes the agent dial anew
 
     def _dropped(self) -> None:
         """The connection is over."""
@@ -131,7 +164,9 @@ class Agent:
         assert channel is not None
         if channel.port:
             channel.forget()
-            if channels.has_host(channel.read_fd):  # another one already: there will be no edge for it
+            if not channels.has_host(channel.read_fd):
+                self._quiet()
+            elif not self._quiescing:  # another one already: there will be no edge for it
                 self.server.connect(channel, None)
             return
         self._channel = None

@@ -47,8 +47,10 @@ PORT_WRITE = 32 * 1024
 #: Buffers handed to one writev(2).
 MAX_BUFFERS = 64
 
-#: The secret that the host gives through the firmware configuration device, where only root can read it.
+#: What the host gives through the firmware configuration device, where only root can read it: the secret, and where
+#: it listens (CID:PORT).  A clone's host gives others, of the same lengths, which the driver read once.
 SECRET_FILE = "/sys/firmware/qemu_fw_cfg/by_name/opt/byre/secret/raw"
+ADDRESS_FILE = "/sys/firmware/qemu_fw_cfg/by_name/opt/byre/vsock/raw"
 
 
 class Channel:
@@ -238,3 +240,13 @@ def read_secret() -> bytes | None:
             return file.read() or None
     except FileNotFoundError:
         return None
+
+
+def vsock_address() -> tuple[int, int] | None:
+    """The host's vsock address now, None where it gave none."""
+    try:
+        with open(ADDRESS_FILE, "rb") as file:
+            cid, _, port = file.read().partition(b":")
+    except FileNotFoundError:
+        return None
+    return int(cid), int(port)

@@ -61,12 +61,17 @@ def channel_argument(command_line: str) -> str:
     return channel
 
 
-def fatal(message: str) -> None:
-    """Say on the console why there is no agent any more, and end the VM.  Does not return."""
+def say(message: str) -> None:
+    """Write to the console."""
     try:
         with open("/dev/console", "wb", buffering=0) as console:
-            console.write(f"\r\nbyre: the agent ends: {message}\r\n".replace("\n", "\r\n").encode(errors="replace"))
+            console.write(f"\r\n{message}\r\n".replace("\n", "\r\n").encode(errors="replace"))
     except OSError:
         pass
+
+
+def fatal(message: str) -> None:
+    """Say on the console why there is no agent any more, and end the VM.  Does not return."""
+    say(f"byre: the agent ends: {message}")
     # A restart ends a QEMU that runs with -no-reboot, on every machine type; power-off needs ACPI.
     linux.reboot(linux.RB_AUTOBOOT)

@@ -264,7 +264,7 @@ class Processes:
     def _ended(self, process: Process, status: int) -> None:
         for pump in list(process.outputs):
             pump.drain()
-        self.trees.ended(process.tree)
+        self.loop.call_later(0, lambda: self.trees.ended(process.tree))  # the host hears of the exit first
         if process.starting is not None and not process.starting.ended():
             del self.by_id[process.id]
             return

@@ -74,6 +74,11 @@ class Reaper:
         self._watched[pid] = (pidfd, done)
         self._loop.add(pidfd, EPOLLIN, lambda _mask: self._collect(pid))
 
+    @property
+    def idle(self) -> bool:
+        """Whether no child is waited for."""
+        return not self._watched
+
     def signal(self, pid: int, number: int) -> bool:
         """Signal a watched child; False when it has ended (B7).  By its pidfd, so it meets no other process."""
         self.sweep()

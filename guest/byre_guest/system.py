@@ -38,6 +38,7 @@ class System:
     def __init__(self, logs: Logs, timeline: Timeline | None) -> None:
         self._logs = logs
         self._timeline = timeline
+        self._constant: dict[str, Any] | None = None  # looked up once
 
     def configure(self, call: Call, arguments: dict[str, Any]) -> None:
         """`system.configure`: every step that was asked for, or the error of the first that failed."""
@@ -64,20 +65,27 @@ class System:
         call.reply({"info": self._describe()})
 
     def _describe(self) -> dict[str, Any]:
+        if self._constant is None:
+            self._constant = self._describe_constant()
+        return {
+            **self._constant,
+            "hostname": os.uname().nodename,
+            "uptime_s": clock_gettime(CLOCK_BOOTTIME),
+            # [name, seconds of the monotonic clock at which this step of the boot was done]
+            "boot": [list(step) for step in self._timeline.steps] if self._timeline else [],
+        }
+
+    def _describe_constant(self) -> dict[str, Any]:
         uname = os.uname()
         return {
             "agent": VERSION,
             "pid": os.getpid(),
             "kernel": uname.release,
             "machine": uname.machine,
-            "hostname": uname.nodename,
             "python": sys.version.split()[0],
             "cpus": len(os.sched_getaffinity(0)),
             "memory_bytes": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
-            "uptime_s": clock_gettime(CLOCK_BOOTTIME),
             "is_vm": self._timeline is not None,
-            # [name, seconds of the monotonic clock at which this step of the boot was done]
-            "boot": [list(step) for step in self._timeline.steps] if self._timeline else [],
         }
 
     def stacks(self, call: Call, _arguments: dict[str, Any]) -> None:
@@ -105,12 +113,17 @@ def set_hostname(name: str) -> None:
 
 
 def set_machine_id(machine_id: str) -> None:
-    """/etc/machine-id, which is a link to here.  Raises `InvalidRequest`; format: machine-id(5)."""
+    """/etc/machine-id, which is a link to here.  Raises `InvalidRequest`; format: machine-id(5).
+
+    Written over in one piece: whoever reads it sees the old one or the new one, for they have the same length.
+    """
     if len(machine_id) != MACHINE_ID_LENGTH or set(machine_id) - set("0123456789abcdef"):
         raise InvalidRequest("a machine id is 32 lower-case hexadecimal digits", field="machine_id")
-    with open(f"{MACHINE_ID}.new", "w", encoding="ascii") as file:
-        file.write(machine_id + "\n")
-    os.rename(f"{MACHINE_ID}.new", MACHINE_ID)
+    fd = os.open(MACHINE_ID, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o444)
+    try:
+        os.write(fd, f"{machine_id}\n".encode())
+    finally:
+        os.close(fd)
 
 
 def own_stack() -> str:

@@ -47,6 +47,7 @@ class Trees:
     def __init__(self) -> None:
         self._parent = ""  # the cgroup below which each process gets its own
         self._home_fd = -1  # cgroup.procs of the agent's own cgroup
+        self._ahead = ""  # a cgroup that nobody has yet
         self._lingering: list[str] = []  # cgroups in which something of an ended process still runs
 
     def use_cgroups(self, parent: str, home: str) -> None:
@@ -58,10 +59,18 @@ class Trees:
         """A tree for a process to be."""
         tree = Tree(0)
         if self._parent:
-            tree.cgroup = f"{self._parent}/{number}"
             tree.made_here = True
-            os.mkdir(tree.cgroup)
+            tree.cgroup, self._ahead = self._ahead, ""
+            if not tree.cgroup:
+                tree.cgroup = f"{self._parent}/{number}"
+                os.mkdir(tree.cgroup)
         return tree
+
+    def make_ahead(self) -> None:
+        """Make the next tree's cgroup now: it takes a fifth of the time that a first process does."""
+        if self._parent and not self._ahead:
+            os.mkdir(f"{self._parent}/ahead")
+            self._ahead = f"{self._parent}/ahead"
 
     def enter(self, tree: Tree) -> None:
         """Until `leave`, what the agent forks begins in the tree's cgroup: so nothing that it does is outside.

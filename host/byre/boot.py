@@ -10,12 +10,11 @@ import asyncio
 import os
 import time
 import uuid
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .bridge import Bridge
 from .errors import BootFailed, BootTimeout, ByreError, ConnectionLost, DeadlineExceeded
 from .machines.speed import boot_speed_scale
-from .owner import MachineOwner
 
 if TYPE_CHECKING:
     from .machines.base import Machine
@@ -37,16 +36,23 @@ ENTROPY = 64
 CONFIGURE_TIMEOUT = 10.0
 
 
-async def boot(
-    machine: Machine, *, hostname: str, timeout: float | None
-) -> tuple[MachineOwner, Bridge, dict[str, Any]]:
-    """Start the machine: its owner, the bridge to its agent, and what the agent says of the guest.
+class Booted(NamedTuple):
+    """A machine that runs, the bridge to its agent, and what the agent says of the guest."""
 
-    Raises `BootFailed`, `BootTimeout`, and what `Machine.start` raises.  `timeout` None: BOOT_TIMEOUT, scaled.
+    machine: Machine
+    bridge: Bridge
+    guest: dict[str, Any]
+
+
+async def boot(machine: Machine, *, hostname: str, timeout: float | None, scale: float | None = None) -> Booted:
+    """Start the machine, and wait until its agent answers and has been told who and when it is (B52).
+
+    Raises `BootFailed`, `BootTimeout`, and what `Machine.start` raises.  `timeout` None: BOOT_TIMEOUT, scaled by
+    `scale` or, without it, by the measured speed of this host.
     """
     try:
         await machine.start()
-        scale = _scale(machine)
+        scale = scale or boot_scale(machine)
         bridge = await _first_answer(machine, BOOT_TIMEOUT * scale if timeout is None else timeout)
         try:
             info = await _configure(bridge, hostname, CONFIGURE_TIMEOUT * scale)
@@ -56,11 +62,12 @@ async def boot(
     except BaseException:
         await asyncio.shield(machine.kill())
         raise
-    return MachineOwner(machine), bridge, info
+    return Booted(machine, bridge, info)
 
 
-def _scale(machine: Machine) -> float:
-    accelerator = getattr(machine, "explanation", {}).get("accelerator", "kvm")
+def boot_scale(machine: Machine) -> float:
+    """How much longer than usual a boot of this machine takes here.  Blocks for about 10 ms."""
+    accelerator = machine.explanation.get("accelerator", "kvm")
     return boot_speed_scale(accelerator.partition(":")[0])
 
 

@@ -106,6 +106,12 @@ class ToolMissing(ByreError, FileNotFoundError):
     code = "tool-missing"
 
 
+class TemplateBroken(ByreError):
+    """A saved machine is not what it was when it was made."""
+
+    code = "template-broken"
+
+
 class ImageNotFound(ByreError, FileNotFoundError):
     """No container image is at this reference, or it has no such tag or platform."""
 
@@ -190,6 +196,7 @@ __all__ = [
     "StartFailed",
     "StorageFailed",
     "StreamReset",
+    "TemplateBroken",
     "ToolMissing",
     "TransportUnavailable",
     "UserNotFound",

@@ -138,7 +138,7 @@ class MachineOwner(Owner):
         return str(await self.machine.wait())
 
     async def info(self) -> dict[str, Any]:
-        return {"id": self.id, "pid": self.machine_pid, **getattr(self.machine, "explanation", {})}
+        return {"id": self.id, "pid": self.machine_pid, **self.machine.explanation}
 
     async def release(self) -> None:
         await self.shutdown(RELEASE_TIMEOUT)

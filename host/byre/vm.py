@@ -18,14 +18,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-from . import creation
-from .boot import boot
+from . import clone, creation
 from .container import GuestContainer, InitStreams
 from .creation import ContainerOptions
 from .disks import Layers
 from .errors import ByreError, ConnectionLost, DeadlineExceeded, MachineFailed
 from .health import Health
 from .machines.spawn import in_thread
+from .owner import MachineOwner
 from .process import GuestProcessHost
 
 if TYPE_CHECKING:
@@ -48,6 +48,8 @@ class UtilityVM(GuestProcessHost):
     boot_timeout       seconds until `BootTimeout`; None: a constant times the measured speed of this host
     kernel_arguments   appended to the kernel's command line
     image              the guest image; None: the cached one, built when there is none
+    template           "auto": a clone of a machine that was booted and saved before, which is done now where it
+                       was not; "off": a boot of its own.  ``(await info())["machine"]["template"]`` says which
     name, detached     with `detached` the VM belongs to a keeper under this name, and survives this program
     """
 
@@ -63,6 +65,7 @@ class UtilityVM(GuestProcessHost):
         boot_timeout: float | None = None,
         kernel_arguments: Sequence[str] = (),
         image: Image | None = None,
+        template: str = "auto",
         detached: bool = False,
     ) -> None:
         self.name = name
@@ -76,6 +79,7 @@ class UtilityVM(GuestProcessHost):
         }
         self._boot_timeout = boot_timeout
         self._image = image
+        self._template = template
         self._detached = detached
         self._started = False
         self._guest: dict[str, Any] = {}
@@ -88,7 +92,7 @@ class UtilityVM(GuestProcessHost):
     # -- life ----------------------------------------------------------------------------------------------
 
     async def start(self, progress: Callable[[str], None] | None = None) -> None:
-        """Boot, and wait until the agent answers.
+        """Boot or clone it, and wait until the agent answers.
 
         Raises `BootFailed`, `BootTimeout` (B40), `AcceleratorUnavailable`, `ToolMissing`, ...; after an error or a
         cancellation nothing is left (B41).  `progress` hears of the image's build, when there has to be one.
@@ -99,16 +103,22 @@ class UtilityVM(GuestProcessHost):
         if self._detached:
             await self._launch()
             return
-        machine = self._make_machine(await self._config(progress))
-        owner, bridge, self._guest = await boot(machine, hostname=self.name or "byre", timeout=self._boot_timeout)
-        self._adopt(owner, bridge)
+        machine, bridge, self._guest = await clone.start(
+            self._make_machine,
+            await self._config(progress),
+            template=self._template,
+            hostname=self.name or "byre",
+            timeout=self._boot_timeout,
+        )
+        self._adopt(MachineOwner(machine), bridge)
 
     async def _launch(self) -> None:
         """Have a keeper boot it, and attach."""
         from . import detached
 
         self.name = self.name or "default"
-        await detached.start(self.name, {**self._options, "boot_timeout": self._boot_timeout})
+        more = {"boot_timeout": self._boot_timeout, "template": self._template}
+        await detached.start(self.name, {**self._options, **more})
         self._adopt(*await detached.attach(self.name))
 
     @classmethod

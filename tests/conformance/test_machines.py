@@ -6,6 +6,7 @@ Nothing here needs a guest that has booted: the machine's own life is the subjec
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import gc
 import os
 import socket
@@ -15,7 +16,14 @@ from pathlib import Path
 
 import pytest
 
-from byre.errors import ConnectionLost, InvalidRequest, MachineFailed, ResourceExhausted
+from byre.errors import (
+    ConnectionLost,
+    InvalidRequest,
+    MachineFailed,
+    NotSupported,
+    ResourceExhausted,
+    TransportUnavailable,
+)
 from byre.machines.base import Machine
 from byre.machines.config import MachineConfig
 from byre.machines.disks import MAX_DISKS
@@ -23,24 +31,25 @@ from byre.machines.memory import MemoryMachine
 from byre.machines.qemu import QemuMachine
 from tests.conftest import machine_options
 
-Make = Callable[[], Machine]
+Make = Callable[..., Machine]
 Scenario = Callable[[Machine], Awaitable[None]]
 
 #: "Within a second" (B42), and room for a host that does other things as well.
 SOON = float(os.environ.get("BYRE_TEST_SOON", "5"))
 
 
-def memory_machine() -> Machine:
-    return MemoryMachine(lambda far: far.close)
+def memory_machine(**files: Path) -> Machine:
+    nothing = Path(os.devnull)
+    config = MachineConfig(kernel=nothing, initramfs=nothing, root=nothing, **files)
+    return MemoryMachine(lambda far: far.close, config=config)
 
 
-def qemu_machine() -> Machine:
+def qemu_machine(**files: Path) -> Machine:
     import byre_images
 
     image = byre_images.ensure()
-    return QemuMachine(
-        MachineConfig(kernel=image.kernel, initramfs=image.initramfs, root=image.root, **machine_options())
-    )
+    config = MachineConfig(kernel=image.kernel, initramfs=image.initramfs, root=image.root, **machine_options())
+    return QemuMachine(dataclasses.replace(config, **files))
 
 
 @pytest.fixture(params=[memory_machine, pytest.param(qemu_machine, marks=pytest.mark.vm)])
@@ -244,6 +253,53 @@ def test_detaching_after_the_end_is_harmless(make: Make, files: list[Path]) -> N
         disk = await machine.attach_disk(files[0])
         await machine.kill()
         await machine.detach_disk(disk)
+
+    run(make, scenario)
+
+
+def test_a_saved_machine_goes_on_as_another_one_more_than_once(make: Make, tmp_path: Path) -> None:
+    memory, state = tmp_path / "memory", tmp_path / "state"
+
+    async def save(machine: Machine) -> None:
+        assert (await machine.identity()) == (await make().identity())
+        await machine.hang_up()
+        await machine.save(state)
+        with pytest.raises((ConnectionLost, MachineFailed, TransportUnavailable)):
+            await machine.connect()
+
+    async def goes_on(machine: Machine) -> None:
+        (await machine.connect()).close()
+        disk = await machine.attach_disk(state)
+        await machine.pause()
+        await machine.resume()
+        await machine.detach_disk(disk)
+
+    run(lambda: make(memory_file=memory), save)
+    saved = memory.read_bytes()
+    for _ in range(2):
+        run(lambda: make(memory_file=memory, state_file=state), goes_on)
+    assert memory.read_bytes() == saved
+
+
+def test_what_was_not_saved_does_not_start(make: Make, tmp_path: Path) -> None:
+    memory, state = tmp_path / "memory", tmp_path / "state"
+    memory.write_bytes(b"")
+    state.write_bytes(b"no state" * 100)
+
+    async def start(machine: Machine) -> None:
+        with pytest.raises(MachineFailed):
+            await machine.start()
+        assert machine.exited is not None
+
+    run(lambda: make(memory_file=memory, state_file=state), start, start=False)
+    run(lambda: make(memory_file=memory, state_file=tmp_path / "missing"), start, start=False)
+
+
+def test_a_machine_of_anonymous_memory_is_not_saved(make: Make, tmp_path: Path) -> None:
+    async def scenario(machine: Machine) -> None:
+        with pytest.raises(NotSupported):
+            await machine.save(tmp_path / "state")
+        assert not (tmp_path / "state").exists()
 
     run(make, scenario)
 

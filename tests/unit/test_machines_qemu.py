@@ -281,7 +281,7 @@ def test_a_machine_starts_once(stand_in: Make) -> None:
         with pytest.raises(MachineFailed, match="once"):
             await machine.start()
         assert machine.exited is None
-        assert set(machine.explanation) == {"accelerator", "machine", "transport"}
+        assert set(machine.explanation) == {"accelerator", "machine", "transport", "qemu"}
 
     run(stand_in("greet(); serve()"), scenario)
 

@@ -17,7 +17,7 @@ from byre.creation import ContainerOptions
 from byre.machines.memory import MemoryMachine
 from byre.oci.files import Lease
 from byre.oci.image import ImageConfig
-from byre.testing import FakeGuest, FakeProcess, Handler
+from byre.testing import Command, FakeGuest, FakeProcess, Handler
 
 SOON = 10.0
 
@@ -27,12 +27,13 @@ class Played:
 
     def __init__(self, handlers: dict[str, Handler] | None = None) -> None:
         self.handlers = handlers or {}
+        self.commands: dict[str, Command] = {"echo": echo}
         self.guest: FakeGuest
         self._task: asyncio.Task[None] | None = None
 
     def __call__(self, sock: socket.socket) -> Callable[[], object]:
         sock.setblocking(False)
-        self.guest = FakeGuest(sock, {"echo": echo}, self.handlers)
+        self.guest = FakeGuest(sock, self.commands, self.handlers)
         self._task = asyncio.get_running_loop().create_task(self._open())
         return self._end
 

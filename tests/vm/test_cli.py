@@ -374,7 +374,7 @@ def test_an_interrupted_boot_leaves_nothing(up: None, tmp_path: Path, monkeypatc
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     with subprocess.Popen([*BYRE, "run", "-v", "--vm", "true"], stderr=subprocess.PIPE) as running:
         assert running.stderr is not None
-        assert b"boots now" in running.stderr.readline()
+        assert b"starts now" in running.stderr.readline()
         running.send_signal(signal.SIGINT)
         assert running.wait(TIMEOUT) == 130
     assert [path for path in tmp_path.iterdir() if path.name != "byre"] == []

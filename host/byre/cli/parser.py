@@ -17,7 +17,7 @@ DEFAULT_VM = "default"  # as byre.rundir has it; a test compares them
 
 _WHICH_VM = """\
 which VM: the one that --in names; else the VM "default" while it is up (byre up); else a VM of the command's
-own, which is booted for it and ends with it.  --fresh always takes a VM of its own.  With a terminal on stderr,
+own, which is made for it and ends with it.  --fresh always takes a VM of its own.  With a terminal on stderr,
 or -v, byre says which.  -d needs a VM that stays: where "default" is not up, it is brought up and left up."""
 
 _STATUS = """\
@@ -139,6 +139,7 @@ def build() -> Parser:
     _containers(add)
     add("doctor", "doctor:doctor", "Say what this host has: accelerator and why, transports, tools, image.")
     _image(add("image", "images:ls", _IMAGE))
+    _template(add("template", "template:ls", "Look after the saved machines that VMs are cloned from."))
     return parser
 
 
@@ -155,7 +156,8 @@ def _run(parser: Parser) -> None:
     add("--rm", action="store_true", help="delete the container when it has ended")
     add("--name", default="", help="id of the container; a random one without it")
     add("--in", dest="vm_name", metavar="VM", default="", help="run in this VM, which is up")
-    add("--fresh", action="store_true", help="boot a VM for this command even while another one is up")
+    add("--fresh", action="store_true", help="a VM for this command alone even while another one is up")
+    _template_mode(parser)
     add("-m", "--memory", type=size, metavar="BYTES", help="memory limit, as 512m or 2g (--vm: size of the VM)")
     add("--cpus", type=_positive_float, metavar="N", help="processors' worth of time (--vm: how many the VM has)")
     add("--pids-limit", type=int, metavar="N", help="most processes and threads at once; -1 for no limit")
@@ -222,6 +224,16 @@ def _up(parser: Parser) -> None:
     add("--machine", choices=("auto", "microvm", "pc", "q35"), default="auto", help="require one (%(default)s)")
     add("--transport", choices=("auto", "virtio-serial", "vsock"), default="auto", help="require one (%(default)s)")
     add("--timeout", type=_positive_float, metavar="SECONDS", help="time to boot; by default what this host needs")
+    _template_mode(parser)
+
+
+def _template_mode(parser: Parser) -> None:
+    parser.add_argument(
+        "--template",
+        choices=("auto", "off"),
+        default="auto",
+        help="clone the VM from a saved one, made now if need be; off: boot it (%(default)s)",
+    )
 
 
 def _down(parser: Parser) -> None:
@@ -290,6 +302,23 @@ def _registry(parser: Parser) -> None:
     parser.add_argument(
         "--tls-verify", choices=("true", "false"), default="", help="false: a registry without TLS or certificate"
     )
+
+
+def _template(parser: Parser) -> None:
+    actions = parser.add_subparsers(title="actions", metavar="ACTION", required=True, parser_class=Parser)
+
+    def add(name: str, text: str) -> Parser:
+        sub = actions.add_parser(name, help=text, description=text, allow_abbrev=False)
+        sub.set_defaults(command=f"template:{name}", parser=sub)
+        _common(sub, default=argparse.SUPPRESS)
+        return sub
+
+    add("ls", "List them, the last used first.")
+    add("rm", "Remove some; VMs that run are not harmed.").add_argument("templates", metavar="TEMPLATE", nargs="+")
+    add("prune", "Remove all, and what killed makers left; VMs that run are not harmed.").add_argument(
+        "--keep", type=int, default=0, metavar="N", help="but the N that were used last (%(default)s)"
+    )
+    add("verify", "Read all of them, and remove those that are not as they were made.")
 
 
 def _split_command(arguments: argparse.Namespace) -> None:

@@ -57,7 +57,7 @@ async def vm_of(arguments: argparse.Namespace) -> AsyncIterator[tuple[UtilityVM,
             yield vm, False
         return
     if talkative(arguments):
-        say("in a VM of its own, which boots now")
+        say("in a VM of its own, which starts now")
     vm = UtilityVM(**_size(arguments))
     async with _boot(vm, arguments):
         yield vm, True
@@ -107,7 +107,7 @@ async def attach(name: str) -> UtilityVM:
 
 
 def _size(arguments: argparse.Namespace) -> dict[str, Any]:
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = {"template": arguments.template}
     if arguments.cpus:
         options["cpus"] = math.ceil(arguments.cpus)
     if arguments.memory:

@@ -21,12 +21,15 @@ if TYPE_CHECKING:
 ANSWER_TIMEOUT = 8.0
 
 
+_OPTIONS = ("accelerator", "machine", "transport", "template")
+
+
 def up(arguments: argparse.Namespace) -> int:
     return foreground.run(lambda _: _up(arguments))
 
 
 async def _up(arguments: argparse.Namespace) -> int:
-    options: dict[str, Any] = {name: getattr(arguments, name) for name in ("accelerator", "machine", "transport")}
+    options: dict[str, Any] = {name: getattr(arguments, name) for name in _OPTIONS}
     if arguments.memory:
         options["memory_mib"] = max(1, arguments.memory // MIB)
     if arguments.cpus is not None:
@@ -37,7 +40,7 @@ async def _up(arguments: argparse.Namespace) -> int:
     await bring_up(arguments.name, options)
     if talkative(arguments):
         machine = rundir.find(arguments.name).info().get("machine", {})
-        for name in ("accelerator", "machine", "transport"):
+        for name in _OPTIONS:
             say(f"{name} {machine.get(name, 'unknown')}")
         say(f"up after {time.monotonic() - begin:.1f} s")
     print(arguments.name)

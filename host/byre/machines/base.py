@@ -12,9 +12,9 @@ import secrets
 import signal as signals
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from byre.errors import ConnectionLost
+from byre.errors import ConnectionLost, NotSupported
 from byre.machines.config import MachineConfig
 from byre.machines.console import ConsoleRing
 from byre.machines.disks import Disk, DiskTable
@@ -23,9 +23,8 @@ if TYPE_CHECKING:
     import socket
     from collections.abc import Iterator
     from pathlib import Path
-    from typing import Any
 
-__all__ = ["Disk", "Machine", "MachineConfig", "MachineExit"]
+__all__ = ["Disk", "Identity", "Machine", "MachineConfig", "MachineExit"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +50,14 @@ class MachineExit:
         return f"{text}: {self.stderr}" if self.stderr else text
 
 
+@dataclass(frozen=True, kw_only=True)
+class Identity:
+    """``facts`` must be the same (JSON values), ``tsc_khz`` about the same: it is measured each time anew."""
+
+    facts: dict[str, Any]
+    tsc_khz: int | None
+
+
 class Machine(abc.ABC):
     """One virtual machine: made, started once, ended once.  Its methods belong to one event loop.
 
@@ -60,6 +67,8 @@ class Machine(abc.ABC):
 
     def __init__(self) -> None:
         self.id = secrets.token_hex(6)
+        #: What was chosen, and why; in `UtilityVM.info`.
+        self.explanation: dict[str, str] = {}
         self._console = ConsoleRing()
         self._exit: MachineExit | None = None
         self._ended = asyncio.Event()
@@ -125,6 +134,24 @@ class Machine(abc.ABC):
     @abc.abstractmethod
     async def resume(self) -> None:
         """Let the virtual CPUs run; harmless when they do."""
+
+    async def identity(self) -> Identity:
+        """What a state must have been saved by, so that this machine can go on from it.
+
+        NotSupported for a machine that cannot be saved.
+        """
+        raise NotSupported("machines of this kind cannot be saved")
+
+    async def hang_up(self) -> None:
+        """Give up the channel for good, so that the guest can be saved: a clone's host finds it free."""
+        raise NotSupported("machines of this kind cannot be saved")
+
+    async def save(self, state: Path) -> None:
+        """Stop it and write the state of all but its memory to the file `state`, which is made or replaced.
+
+        It must have been made with a `memory_file`, and must never run again: it would write into every clone.
+        """
+        raise NotSupported("machines of this kind cannot be saved")
 
     @abc.abstractmethod
     async def shutdown(self, timeout: float) -> None:

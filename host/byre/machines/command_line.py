@@ -118,14 +118,13 @@ def qemu_command(
         "werror": "report",
         "rerror": "report",
     }
-    memory = {"qom-type": "memory-backend-ram", "id": "memory0", "size": config.memory_mib * 1024 * 1024}
     return [
         *(QEMU, "-name", f"byre-{name}", "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"),
         *("-sandbox", _SANDBOX),
         *("-machine", f"{_machine(choices)},memory-backend=memory0,dump-guest-core=off"),
         *("-accel", _accel(config, choices)),
         *("-cpu", config.cpu or ("host" if choices.accelerator == "kvm" else EMULATED_CPU)),
-        *("-smp", str(config.cpus), "-object", json.dumps(memory), "-m", f"{config.memory_mib}M"),
+        *("-smp", str(config.cpus), "-object", json.dumps(_memory(config)), "-m", f"{config.memory_mib}M"),
         *("-kernel", str(config.kernel), "-initrd", str(config.initramfs)),
         *("-append", kernel_command_line(config, choices, channel)),
         *("-chardev", f"socket,id=qmp,fd={qmp_fd}", "-mon", "chardev=qmp,mode=control"),
@@ -133,7 +132,20 @@ def qemu_command(
         *("-blockdev", json.dumps(root), "-device", json.dumps(root_device)),
         *("-device", f"virtio-scsi-{bus},id={CONTROLLER}", "-device", f"virtio-rng-{bus}"),
         *transport,
+        *(("-incoming", "defer") if config.state_file else ()),
     ]
+
+
+def _memory(config: MachineConfig) -> dict[str, object]:
+    """Anonymous memory, or a file: shared while it is made, and then a private copy of it, page by page on write.
+
+    A private copy must have no balloon and no page reporting: QEMU would punch the holes into the file.
+    """
+    memory: dict[str, object] = {"id": "memory0", "size": config.memory_mib * 1024 * 1024}
+    if config.memory_file is None:
+        return {"qom-type": "memory-backend-ram", **memory}
+    file = {"mem-path": str(config.memory_file), "share": config.state_file is None}
+    return {"qom-type": "memory-backend-file", **memory, **file}
 
 
 def _machine(choices: Choices) -> str:

@@ -40,6 +40,10 @@ class MachineConfig:
     transport: str = "auto"
     #: Appended to the kernel's command line: the last one wins.
     kernel_arguments: tuple[str, ...] = ()
+    #: A file that is the guest's memory: the machine can then be saved.  With `state_file`, what `Machine.save`
+    #: wrote, the machine goes on from there, in a private copy of the memory.
+    memory_file: Path | None = None
+    state_file: Path | None = None
     #: QEMU's -cpu; empty takes "host" under KVM and "max" under emulation.
     cpu: str = ""
 

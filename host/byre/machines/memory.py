@@ -10,14 +10,19 @@ import asyncio
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from byre.errors import DeadlineExceeded, MachineFailed
-from byre.machines.base import Machine, MachineExit
+from byre.errors import DeadlineExceeded, MachineFailed, NotSupported
+from byre.machines.base import Identity, Machine, MachineExit
 from byre.transports.memory import MemoryTransport
 
 if TYPE_CHECKING:
     import socket
+    from pathlib import Path
 
+    from byre.machines.config import MachineConfig
     from byre.machines.disks import Disk
+
+#: What it saves, there being nothing in it.
+_MEMORY, _STATE = b"memory of nothing", b"state of nothing"
 
 #: Plays the guest: takes the channel's far end, its own to close, and gives what is to be called at the end.
 Guest = Callable[["socket.socket"], Callable[[], object]]
@@ -26,8 +31,10 @@ Guest = Callable[["socket.socket"], Callable[[], object]]
 class MemoryMachine(Machine):
     """``guest`` is called by `start`.  ``disks`` are those attached now, ``running`` is False while paused."""
 
-    def __init__(self, guest: Guest, *, secret: bytes | None = None) -> None:
+    def __init__(self, guest: Guest, *, secret: bytes | None = None, config: MachineConfig | None = None) -> None:
+        """With a `config` it can be saved: nothing of it is used but the two files."""
         super().__init__()
+        self._config = config
         self.disks: dict[int, Disk] = {}
         self.running = False
         self._guest = guest
@@ -45,6 +52,7 @@ class MemoryMachine(Machine):
         if self._started:
             raise MachineFailed("a machine starts once", hint="make another one")
         self._started = True
+        self._load()
         self._transport.open()
         assert self._transport.guest is not None
         try:
@@ -68,6 +76,35 @@ class MemoryMachine(Machine):
     async def resume(self) -> None:
         await self._answer()
         self.running = True
+
+    async def identity(self) -> Identity:
+        if self._config is None:
+            return await super().identity()
+        return Identity(facts={"machine": "memory", "memory_mib": self._config.memory_mib}, tsc_khz=None)
+
+    async def hang_up(self) -> None:
+        self._check_alive()
+        self._transport.hang_up()
+
+    async def save(self, state: Path) -> None:
+        if self._config is None or self._config.memory_file is None:
+            raise NotSupported("only a machine whose memory is a file can be saved")
+        await self.pause()
+        _write(self._config.memory_file, state)
+
+    def _load(self) -> None:
+        """Go on from a state, if there is one."""
+        if self._config is None or self._config.state_file is None or self._config.memory_file is None:
+            return
+        for file, content in ((self._config.state_file, _STATE), (self._config.memory_file, _MEMORY)):
+            try:
+                found = file.read_bytes()
+            except OSError as error:
+                self.die("never-started")
+                raise MachineFailed(f"cannot read {file}: {error.strerror}") from error
+            if found != content:
+                self.die("failed")
+                raise MachineFailed(f"{file} was not saved by such a machine")
 
     async def shutdown(self, timeout: float) -> None:
         if self._exit is None:
@@ -110,3 +147,8 @@ class MemoryMachine(Machine):
         if not self._answers.is_set():
             raise DeadlineExceeded(f"the machine did not remove {disk.path}")
         self.disks.pop(disk.target, None)
+
+
+def _write(memory: Path, state: Path) -> None:
+    memory.write_bytes(_MEMORY)
+    state.write_bytes(_STATE)

@@ -17,12 +17,14 @@ import socket
 import subprocess
 from typing import TYPE_CHECKING, Any
 
-from byre.errors import ConnectionLost, DeadlineExceeded, MachineFailed, ToolMissing
+from byre.errors import ConnectionLost, DeadlineExceeded, MachineFailed, NotSupported, ToolMissing
 from byre.machines.accelerators import choose_accelerator
-from byre.machines.base import Machine, MachineExit
-from byre.machines.clock import tsc_khz
+from byre.machines.base import Identity, Machine, MachineExit
+from byre.machines.clock import rough_tsc_khz, tsc_khz
 from byre.machines.command_line import QEMU, Choices, choose_machine, qemu_command
 from byre.machines.console import ConsoleRing
+from byre.machines.identity import identity
+from byre.machines.migration import Migration
 from byre.machines.qmp import Qmp
 from byre.machines.scsi import ScsiBus
 from byre.machines.spawn import OwnedProcess, in_thread
@@ -30,7 +32,8 @@ from byre.transports.choice import choose_transport
 from byre_proto.errors import printable
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
+    from pathlib import Path
 
     from byre.machines.config import MachineConfig
     from byre.machines.disks import Disk
@@ -44,6 +47,9 @@ OLDEST_QEMU = (7, 2, 0)
 KILL_TIMEOUT = 10.0
 #: Of QEMU's own complaint, in errors; mostly one line says it all.
 _STDERR_LINES = 10
+
+#: The name under which QEMU knows the descriptor of the file to save to.
+_STATE = "state"
 
 #: Programs that every start needs, and the Debian package of each.
 TOOLS = {QEMU: "qemu-system-x86", "setpriv": "util-linux"}
@@ -63,7 +69,6 @@ class QemuMachine(Machine):
 
     def __init__(self, config: MachineConfig) -> None:
         super().__init__()
-        self.explanation: dict[str, str] = {}
         self._config = config
         self._started = False
         self._transport: Transport | None = None
@@ -71,6 +76,7 @@ class QemuMachine(Machine):
         self._reaper: asyncio.Task[None] | None = None
         self._stderr = ConsoleRing()
         self._qmp = Qmp(self.id, self._on_event)
+        self._migration = Migration(self._execute)
         self._shutdown_reason = ""
         self._bus = ScsiBus(self._execute)
 
@@ -98,25 +104,40 @@ class QemuMachine(Machine):
             raise
 
     async def _start(self) -> None:
+        self._check()
+        # Only a kernel that boots is told the rate, so only then it has to be right.
+        choices, transport = await self._choose(rough_tsc_khz if self._config.state_file else tsc_khz)
+        qmp, state_fd = self._spawn(choices, transport)
+        self._reaper = asyncio.create_task(self._reap(), name=f"machine {self.id}")
+        await self._qmp.connect(qmp)
+        found, oldest = (".".join(map(str, v)) for v in (self._qmp.version, OLDEST_QEMU))
+        self.explanation["qemu"] = found
+        if self._qmp.version < OLDEST_QEMU:
+            raise MachineFailed(f"QEMU {found} is too old", hint=f"install {oldest} or later")
+        if state_fd is not None:
+            await self._migration.load(state_fd)
+
+    def _check(self) -> None:
         self._config.check()
         for tool, package in TOOLS.items():
             if shutil.which(tool) is None:
                 raise ToolMissing(f"{tool} is not installed", hint=f"apt install {package}", tool=tool)
-        choices, transport = await self._choose()
-        qmp = self._spawn(choices, transport)
-        self._reaper = asyncio.create_task(self._reap(), name=f"machine {self.id}")
-        await self._qmp.connect(qmp)
-        if self._qmp.version < OLDEST_QEMU:
-            found, oldest = (".".join(map(str, v)) for v in (self._qmp.version, OLDEST_QEMU))
-            raise MachineFailed(f"QEMU {found} is too old", hint=f"install {oldest} or later")
 
-    async def _choose(self) -> tuple[Choices, Transport]:
+    async def identity(self) -> Identity:
+        self._check()
+        choices, transport = await self._choose(rough_tsc_khz)
+        try:
+            return identity(self._config, choices, transport.name, choices.tsc_khz)
+        except OSError as error:
+            raise MachineFailed(f"cannot look at what the machine is made of: {error}") from error
+
+    async def _choose(self, measure: Callable[[], int | None]) -> tuple[Choices, Transport]:
         config = self._config
         accelerator = await in_thread(lambda: choose_accelerator(config.accelerator))
-        khz = await in_thread(tsc_khz) if accelerator.name == "tcg" else None
+        khz = await in_thread(measure) if accelerator.name == "tcg" else None
         choices, why_machine = choose_machine(config.machine, accelerator.name, khz)
         transport, why_transport = choose_transport(config.transport, accelerator.name)
-        self.explanation = {
+        self.explanation |= {
             "accelerator": f"{accelerator.name}: {accelerator.reason}",
             "machine": f"{choices.machine}: {why_machine}",
             "transport": f"{transport.name}: {why_transport}",
@@ -125,14 +146,18 @@ class QemuMachine(Machine):
             logger.info("= vm %s %s %s", self.id, what, why)
         return choices, transport
 
-    def _spawn(self, choices: Choices, transport: Transport) -> socket.socket:
-        """Spawn QEMU; the host's end of its QMP socket.  Never suspends, so nothing is half done."""
+    def _spawn(self, choices: Choices, transport: Transport) -> tuple[socket.socket, int | None]:
+        """Spawn QEMU; the host's end of its QMP socket, and the number that the state's file has in QEMU, if any.
+
+        Never suspends, so nothing is half done.
+        """
         with contextlib.ExitStack() as undo:
             undo.callback(transport.close)
             wiring = transport.open(choices.bus)
             handed = list(wiring.handed)
             undo.callback(_close_all, handed)
             (qmp, qmp_fd), (console, console_fd) = _pair(undo, handed), _pair(undo, handed)
+            state_fd = _state(self._config, handed)
             command = qemu_command(
                 self._config,
                 choices,
@@ -153,7 +178,7 @@ class QemuMachine(Machine):
             qmp.close()
             self._process = None
             raise
-        return qmp
+        return qmp, state_fd
 
     async def connect(self) -> socket.socket:
         self._check_alive()
@@ -167,6 +192,19 @@ class QemuMachine(Machine):
 
     async def resume(self) -> None:
         await self._execute("cont")
+
+    async def hang_up(self) -> None:
+        self._check_alive()
+        if self._transport is not None:
+            self._transport.hang_up()
+
+    async def save(self, state: Path) -> None:
+        if self._config.memory_file is None:
+            raise NotSupported("only a machine whose memory is a file can be saved")
+        with self._until_end(), state.open("wb") as file:
+            self._qmp.send_fd(file.fileno())
+            await self._qmp.execute("getfd", {"fdname": _STATE})
+            await self._migration.save(_STATE)
 
     async def shutdown(self, timeout: float) -> None:
         try:
@@ -209,6 +247,8 @@ class QemuMachine(Machine):
     def _on_event(self, name: str, data: Mapping[str, Any]) -> None:
         if name == "SHUTDOWN":
             self._shutdown_reason = str(data.get("reason", ""))
+        elif name == "MIGRATION":
+            self._migration.on_event(data)
         elif name == "DEVICE_DELETED":
             self._bus.on_deleted(str(data.get("device")))
         elif name == "BLOCK_IO_ERROR":
@@ -253,6 +293,17 @@ class QemuMachine(Machine):
         if self._exit is None:
             logger.info("x vm %s: %s", self.id, how.reason)
         self._publish(how)
+
+
+def _state(config: MachineConfig, handed: list[int]) -> int | None:
+    """The file of a saved state, open and added to `handed`; None where there is none."""
+    if config.state_file is None:
+        return None
+    try:
+        handed.append(os.open(config.state_file, os.O_RDONLY | os.O_CLOEXEC))
+    except OSError as error:
+        raise MachineFailed(f"cannot read the saved state {config.state_file}: {error.strerror}") from error
+    return handed[-1]
 
 
 def _close_all(descriptors: list[int]) -> None:

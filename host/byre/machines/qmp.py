@@ -99,6 +99,13 @@ class Qmp:
         except (QMPError, OSError, EOFError) as error:
             raise ConnectionLost(f"QEMU went away during {command}", command=command) from error
 
+    def send_fd(self, fd: int) -> None:
+        """Hand a descriptor over, for the next `getfd`.  ConnectionLost if QEMU is gone."""
+        try:
+            self._client.send_fd_scm(fd)
+        except (QMPError, OSError) as error:
+            raise ConnectionLost("QEMU went away") from error
+
     async def close(self, *, orderly: bool = True) -> None:
         """End the session, once QEMU has ended.  Orderly: what it sent last is dispatched first."""
         async with self._connecting:  # which ends at once, the other end being closed

@@ -52,5 +52,9 @@ class Transport(abc.ABC):
         """A connected, non-blocking stream socket, the caller's to close.  May wait for the guest, without end."""
 
     @abc.abstractmethod
+    def hang_up(self) -> None:
+        """Leave the guest as the host of a clone has to find it.  Nobody uses a connection any more."""
+
+    @abc.abstractmethod
     def close(self) -> None:
         """Give everything back.  Harmless when repeated, and before `open`."""

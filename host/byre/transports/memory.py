@@ -40,6 +40,9 @@ class MemoryTransport(Transport):
             raise TransportUnavailable("the channel is closed")
         return self._host.dup()
 
+    def hang_up(self) -> None:
+        self.close()
+
     def close(self) -> None:
         if self._host is not None:
             self._host.close()

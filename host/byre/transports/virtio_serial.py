@@ -48,6 +48,10 @@ class VirtioSerial(Transport):
             raise TransportUnavailable("the virtio-serial port is closed")
         return self._host.dup()
 
+    def hang_up(self) -> None:
+        """Close the port: a clone's device tells its guest that it is open, and the agent begins anew."""
+        self.close()
+
     def close(self) -> None:
         if self._host is not None:
             self._host.close()

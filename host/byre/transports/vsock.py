@@ -35,6 +35,10 @@ _BACKLOG = 8
 SECRET_SIZE = 32
 #: Where the guest finds it: /sys/firmware/qemu_fw_cfg/by_name/opt/byre/secret/raw
 SECRET_NAME = "opt/byre/secret"
+#: Where the host listens, CID:PORT.  A clone's kernel has its template's arguments, so it reads it here, too; the
+#: guest's driver learns the length only once, hence the zeros.
+ADDRESS_NAME = "opt/byre/vsock"
+ADDRESS_FORMAT = "{:010}:{:010}"
 
 
 class Vsock(Transport):
@@ -82,6 +86,7 @@ class Vsock(Transport):
             arguments=(
                 *("-device", f"vhost-vsock-{bus},guest-cid={self._cid},vhostfd={handed[0]}"),
                 *("-fw_cfg", f"name={SECRET_NAME},file=/proc/self/fd/{handed[1]}"),
+                *("-fw_cfg", f"name={ADDRESS_NAME},string={ADDRESS_FORMAT.format(socket.VMADDR_CID_HOST, port)}"),
             ),
             kernel_argument=f"byre.channel=vsock:{socket.VMADDR_CID_HOST}:{port}",
             handed=tuple(handed),
@@ -92,6 +97,9 @@ class Vsock(Transport):
             raise TransportUnavailable("the vsock port is closed")
         self._loop = asyncio.get_running_loop()
         return await accept_from(self._listener, self._cid)
+
+    def hang_up(self) -> None:
+        """Nothing: a clone's kernel resets what connection there is, and the agent dials anew."""
 
     def close(self) -> None:
         if self._listener is not None:
