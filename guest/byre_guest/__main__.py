@@ -1,6 +1,6 @@
 """Starts the agent: as PID 1 of a VM, or as an ordinary program.
 
-    python3 -I -S -E agent.pyc            in the VM: PID 1 finds its channel itself
+    python3 -I -S -E -X utf8 agent.pyc    in the VM: PID 1 finds its channel itself
     python3 -m byre_guest --fd N          over an inherited socket, N
     python3 -m byre_guest --stdio         over stdin and stdout (SSH)
 
@@ -223,6 +223,7 @@ def _run_init() -> NoReturn:
     try:
         timeline = init.Timeline()
         timeline.done("agent imported")
+        init.set_environment()
         channel = init.channel(timeline)
         agent = Agent(timeline)
         agent.processes.trees.use_cgroups(trees.VM_PROCESSES, f"{init.CGROUPS}/agent")

@@ -2,6 +2,7 @@
 
     LOADER      its own code: serves imports out of MODULES, then runs the agent
     MODULES     name -> (whether it is a package, its bytecode): the agent, the protocol, what of others they import
+    EXTENSIONS  name -> the file of an extension module
 
 Under emulation to find, open and check a module takes six milliseconds, and the agent has forty; a main program
 that is text takes another 50, because Python's compiler has to be emulated for it.
@@ -17,23 +18,23 @@ from .tree import Tree
 AGENT = "usr/lib/byre"
 FILE = f"{AGENT}/agent.pyc"
 
-#: Where the extension modules of packages are found.
 PACKAGES = "usr/lib/python3/dist-packages"
 
 LOADER = """\
 import gc
 import marshal
 import sys
+from _frozen_importlib_external import ExtensionFileLoader
 
 
 class Bundle:
     @staticmethod
     def find_spec(name, path=None, target=None):
         if name in MODULES:
-            spec = type(sys.__spec__)(name, Bundle, origin="agent.pyc", is_package=MODULES[name][0])
-            if spec.submodule_search_locations is not None:
-                spec.submodule_search_locations.append(PACKAGES + name)
-            return spec
+            return type(sys.__spec__)(name, Bundle, origin="agent.pyc", is_package=MODULES[name][0])
+        if name in EXTENSIONS:
+            loader = ExtensionFileLoader(name, EXTENSIONS[name])
+            return type(sys.__spec__)(name, loader, origin=EXTENSIONS[name])
 
     @staticmethod
     def create_module(spec):
@@ -53,6 +54,9 @@ main()
 
 #: Modules of the standard library that the agent imports and Python has not in itself.
 STANDARD = ("__future__", "struct", "types", "ctypes/__init__", "ctypes/_endian")
+
+#: The part of msgpack that is written in C.
+CODEC = "msgpack._cmsgpack"
 
 #: In place of others' modules.
 REPLACED = {
@@ -81,6 +85,7 @@ def build(tree: Tree, agent: dict[str, bytes]) -> bytes:
         name = path.removeprefix(f"{AGENT}/").removeprefix(f"{library}/").removeprefix(f"{PACKAGES}/")
         name = name.removesuffix(".py").replace("/", ".")
         modules[name.removesuffix(".__init__")] = (name.endswith(".__init__"), code[HEADER_SIZE:])
-    text = f"PACKAGES = {f'/{PACKAGES}/'!r}\nMODULES = {modules!r}\n{LOADER}".encode()
+    codec = next(path for path in sorted(tree.entries) if path.startswith(f"{PACKAGES}/{CODEC.replace('.', '/')}."))
+    text = f"MODULES = {modules!r}\nEXTENSIONS = { ({CODEC: f'/{codec}'})!r}\n{LOADER}".encode()
     (program,) = programs.bytecode(tree, {f"{AGENT}/agent.py": text}).values()
     return program

@@ -228,9 +228,11 @@ static void set_up_machine(void)
 
 void _start(void)
 {
-    static const char *arguments[] = { "/usr/bin/python3", "-I", "-S", "-E", "/usr/lib/byre/agent.pyc", 0 };
+    /* UTF-8 without a locale's files, which would have to be opened and read; the agent's children get a locale. */
+    static const char *arguments[] = { "/usr/bin/python3", "-I", "-S", "-E", "-X", "utf8",
+                                       "/usr/lib/byre/agent.pyc", 0 };
     static const char *environment[] = { "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
-                                         "HOME=/root", "LANG=C.UTF-8", 0 };
+                                         "HOME=/root", "LC_ALL=C", 0 };
 
     enter_root();
     set_up_machine();
