@@ -76,7 +76,7 @@ class Agent:
         )
 
     def settle(self) -> None:
-        """Do what the first process of a VM does without: 0.2 s of an emulated boot.  Harmless when repeated."""
+        """Do what the first process of a VM does without, and need not wait for.  Harmless when repeated."""
         if self.server.before_request is None:
             return
         self.server.before_request = None
