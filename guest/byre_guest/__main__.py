@@ -1,6 +1,6 @@
 """Starts the agent: as PID 1 of a VM, or as an ordinary program.
 
-    python3 -I -S -E agent.pyc            in the VM: PID 1 finds its channel itself
+    python3 -I -S -E -X utf8 agent.pyc    in the VM: PID 1 finds its channel itself
     python3 -m byre_guest --fd N          over an inherited socket, N
     python3 -m byre_guest --stdio         over stdin and stdout (SSH)
 
@@ -85,7 +85,7 @@ class Agent:
         )
 
     def settle(self) -> None:
-        """Do what the first process of a VM does without: 0.2 s of an emulated boot.  Harmless when repeated."""
+        """Do what the first process of a VM does without, and need not wait for.  Harmless when repeated."""
         if self.server.before_request is None:
             return
         self.server.before_request = None
@@ -258,6 +258,7 @@ def _run_init() -> NoReturn:
     try:
         timeline = init.Timeline()
         timeline.done("agent imported")
+        init.set_environment()
         channel = init.channel(timeline)
         agent = Agent(timeline)
         agent.processes.trees.use_cgroups(trees.VM_PROCESSES, f"{init.CGROUPS}/agent")

@@ -8,6 +8,7 @@ Rule: a step that fails ends the VM, and the console says which.  A VM whose age
 
 from __future__ import annotations
 
+import os
 from time import monotonic
 
 from . import linux
@@ -33,6 +34,12 @@ class Timeline:
     def done(self, name: str) -> None:
         """Say that a step is done."""
         self.steps.append((name, monotonic()))
+
+
+def set_environment() -> None:
+    """What programs get.  Python itself was started without a locale, to read no files of one."""
+    del os.environ["LC_ALL"]
+    os.environ["LANG"] = "C.UTF-8"
 
 
 def channel(timeline: Timeline) -> str:

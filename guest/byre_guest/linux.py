@@ -107,7 +107,8 @@ _loaded: Any = None
 def _libc() -> Any:
     """libc with the argument types of what is called below.
 
-    The first call imports ctypes: that takes 0.1 s of an emulated boot, and the first process needs none of it.
+    The first call imports ctypes: that takes tens of milliseconds of an emulated boot, and the first process needs
+    none of it.
     """
     global _loaded
     if _loaded is None:

@@ -2,9 +2,11 @@
 
     LOADER      its own code: serves imports out of MODULES, then runs the agent
     MODULES     name -> (whether it is a package, its bytecode): the agent, the protocol, what of others they import
+    EXTENSIONS  name -> the file of an extension module
 
-Under emulation to find, open and check a module takes six milliseconds, and the agent has forty; a main program
-that is text takes another 50, because Python's compiler has to be emulated for it.
+Under emulation to find, open and check a module takes some milliseconds, and the agent has forty.  A main program
+that is text would bring in Python's compiler: 3,400 blocks of code that the emulator has to translate, where the
+rest of the agent's start is 42,000.
 
 Rule: what is here in place of another's module says why it is the same for the agent.
 """
@@ -17,23 +19,23 @@ from .tree import Tree
 AGENT = "usr/lib/byre"
 FILE = f"{AGENT}/agent.pyc"
 
-#: Where the extension modules of packages are found.
 PACKAGES = "usr/lib/python3/dist-packages"
 
 LOADER = """\
 import gc
 import marshal
 import sys
+from _frozen_importlib_external import ExtensionFileLoader
 
 
 class Bundle:
     @staticmethod
     def find_spec(name, path=None, target=None):
         if name in MODULES:
-            spec = type(sys.__spec__)(name, Bundle, origin="agent.pyc", is_package=MODULES[name][0])
-            if spec.submodule_search_locations is not None:
-                spec.submodule_search_locations.append(PACKAGES + name)
-            return spec
+            return type(sys.__spec__)(name, Bundle, origin="agent.pyc", is_package=MODULES[name][0])
+        if name in EXTENSIONS:
+            loader = ExtensionFileLoader(name, EXTENSIONS[name])
+            return type(sys.__spec__)(name, loader, origin=EXTENSIONS[name])
 
     @staticmethod
     def create_module(spec):
@@ -54,6 +56,9 @@ main()
 #: Modules of the standard library that the agent imports and Python has not in itself.
 STANDARD = ("__future__", "struct", "types", "ctypes/__init__", "ctypes/_endian")
 
+#: The part of msgpack that is written in C.
+CODEC = "msgpack._cmsgpack"
+
 #: In place of others' modules.
 REPLACED = {
     # Python 3.12's is this; before, the same was written in Python first and then thrown away.
@@ -61,7 +66,7 @@ REPLACED = {
     # Without the implementation in Python and the helpers that nobody here calls.
     "msgpack/__init__": "from ._cmsgpack import Packer, Unpacker, unpackb\n",
     # The wire has no extension types, and the codec asks only whether a value is one.  msgpack's own have
-    # `collections` and Python's compiler (for a named tuple) in their train: a tenth of a second.
+    # `collections` and Python's compiler (for a named tuple) in their train.
     "msgpack/ext": "class ExtType(tuple):\n    pass\n\n\nclass Timestamp:\n    pass\n",
 }
 
@@ -81,6 +86,7 @@ def build(tree: Tree, agent: dict[str, bytes]) -> bytes:
         name = path.removeprefix(f"{AGENT}/").removeprefix(f"{library}/").removeprefix(f"{PACKAGES}/")
         name = name.removesuffix(".py").replace("/", ".")
         modules[name.removesuffix(".__init__")] = (name.endswith(".__init__"), code[HEADER_SIZE:])
-    text = f"PACKAGES = {f'/{PACKAGES}/'!r}\nMODULES = {modules!r}\n{LOADER}".encode()
+    codec = next(path for path in sorted(tree.entries) if path.startswith(f"{PACKAGES}/{CODEC.replace('.', '/')}."))
+    text = f"MODULES = {modules!r}\nEXTENSIONS = { ({CODEC: f'/{codec}'})!r}\n{LOADER}".encode()
     (program,) = programs.bytecode(tree, {f"{AGENT}/agent.py": text}).values()
     return program

@@ -286,7 +286,7 @@ def test_it_boots_into_a_complete_system(witness: Image, machine: str) -> None:
     assert status == 0
     assert said and said[-1] == "end", console
     facts = dict(line.split(" ", 1) for line in said if not line.startswith(("shell", "module", "end")))
-    assert facts["pid"] == "1 HOME LANG PATH b'\\x01' True"
+    assert facts["pid"] == "1 HOME LC_ALL PATH b'\\x01' True"
     heavy = {"collections", "functools", "re", "enum", "typing", "ctypes", "importlib"}  # of msgpack, as it comes
     assert not heavy & set(facts["imports"].split())
     assert set(facts["mounts"].split()) >= {"/proc", "/sys", "/run", "/tmp", "/l", "/dev/pts", "/dev/shm"}
