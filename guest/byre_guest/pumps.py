@@ -143,14 +143,16 @@ class Frames:
 
     def finish(self, count: int, header: Callable[[int], bytes]) -> memoryview:
         """The frames of the `count` bytes that were read; `header(size)` makes each one's."""
+        end = 0
         for start in self._starts:
             size = min(count, limits.MAX_DATA)
             end = start + frames.HEADER_SIZE
             self._buffer[start:end] = header(size)
+            end += size
             count -= size
             if not count:
                 break
-        return self._buffer[: end + size]
+        return self._buffer[:end]
 
     def copy(self, count: int) -> bytes:
         """The first `count` bytes that were read, of the first frame."""

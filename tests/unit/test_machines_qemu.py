@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import itertools
 import os
@@ -233,7 +234,8 @@ def test_a_hung_qemu_is_killed_by_shutdown_and_every_call_ends(stand_in: Make) -
 
 def test_the_reason_of_the_end_is_qemus_own(stand_in: Make) -> None:
     async def scenario(machine: QemuMachine) -> None:
-        await machine.start()
+        with contextlib.suppress(MachineFailed):  # on a busy host it ends before its start is done
+            await machine.start()
         how = await machine.wait()
         assert (how.reason, how.returncode) == ("guest-reset", 0)
 
