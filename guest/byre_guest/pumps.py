@@ -145,13 +145,12 @@ class Frames:
         """The frames of the `count` bytes that were read; `header(size)` makes each one's."""
         end = 0
         for start in self._starts:
-            size = min(count, limits.MAX_DATA)
-            end = start + frames.HEADER_SIZE
-            self._buffer[start:end] = header(size)
-            end += size
-            count -= size
             if not count:
                 break
+            size = min(count, limits.MAX_DATA)
+            end = start + frames.HEADER_SIZE + size
+            self._buffer[start : start + frames.HEADER_SIZE] = header(size)
+            count -= size
         return self._buffer[:end]
 
     def copy(self, count: int) -> bytes:
