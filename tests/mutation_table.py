@@ -31,7 +31,7 @@ MUTATIONS = (
     Mutation(
         "B1",
         "after a short write the whole chunk is written again",
-        "guest/byre_guest/pumps.py",
+        "guest/byre_guest/inputs.py",
         "chunks.appendleft(memoryview(chunk)[rest:])",
         "chunks.appendleft(memoryview(chunk))",
         (f"{PROCESS}::test_cat_returns_what_it_is_given",),
@@ -194,7 +194,7 @@ MUTATIONS = (
     Mutation(
         "B15a",
         "the host is not told that nobody reads",
-        "guest/byre_guest/pumps.py",
+        "guest/byre_guest/inputs.py",
         "        self._pumps.session.stop(self.stream, REASON_PROCESS_GONE)\n",
         "",
         (f"{PROCESS}::test_a_writer_learns_at_once_that_nobody_reads",),

@@ -30,14 +30,19 @@ if TYPE_CHECKING:
 PORT_NAME = "org.byre.bridge"
 PORTS = "/sys/class/virtio-ports"
 
-#: Read at once.  More is slower on a port: its driver hands out one of its own pages per read.
-READ_SIZE = 64 * 1024
+#: Read at once: what a port's queue holds.
+READ_SIZE = 512 * 1024
 
 #: How long the port may take to appear after its driver was loaded; milliseconds, unless the host is overloaded.
 PORT_SECONDS = 10.0
 
 #: Size of the virtio-serial driver's input buffers: one readv(2) over pieces of it empties several.
 PAGE = 4096
+
+#: Taken by that driver from one buffer: a writev(2) over pieces of it hands over many.  (splice(2) would spare the
+#: copies.  But in Linux 6.1 the driver hands the device more parts than it has filled wherever the pipe holds an
+#: empty one, or more than is wanted, and any process can leave an empty part in its own pipe by a failed write(2).)
+PORT_WRITE = 32 * 1024
 
 #: Buffers handed to one writev(2).
 MAX_BUFFERS = 64
@@ -93,26 +98,38 @@ class Channel:
 
     def read(self) -> memoryview | None:
         """Bytes, valid until the next call; empty at the end (of a port: no host); None when there are none now."""
+        count = self._read(self._pieces)
+        if count is None:
+            return None
+        if not count or (count < READ_SIZE and not self.port):
+            self.readable = False  # it was empty; what comes later is a new edge
+        while self.readable and count < READ_SIZE:
+            rest = self._buffer[count:]
+            more = self._read([rest[at : at + PAGE] for at in range(0, len(rest), PAGE)])
+            if not more:
+                break  # the end of a port, if it is one, is there again next time
+            count += more
+        return self._buffer[:count]
+
+    def _read(self, pieces: list[memoryview]) -> int | None:
+        """Read once.  A port's driver stops at the first of its buffers that the host did not fill."""
         try:
-            count = os.readv(self.read_fd, self._pieces)
+            return os.readv(self.read_fd, pieces)
         except BlockingIOError:
             self.readable = False
             return None
         except OSError as error:
             if error.errno not in (errno.ECONNRESET, errno.EPIPE, errno.ENODEV, errno.ENOTCONN):
                 raise
-            count = 0
-        if not count or (count < READ_SIZE and not self.port):
-            self.readable = False  # it was empty; what comes later is a new edge
-        return self._buffer[:count]
+            return 0
 
     @property
     def idle(self) -> bool:
         """Everything given to `write` is gone."""
         return not self._out
 
-    def write(self, buffers: list[bytes]) -> None:
-        """Take over buffers; `flush` them."""
+    def write(self, buffers: list[bytes] | list[memoryview]) -> None:
+        """Take over buffers, until the channel is `idle` again; `flush` them."""
         if self.port and len(buffers) > 1:
             # Each buffer of a writev would become an element of the virtio queue, and an exit to the host.
             buffers = [b"".join(buffers)]
@@ -123,7 +140,11 @@ class Channel:
         out = self._out
         while out and self.writable:
             try:
-                if len(out) == 1 or self.port:  # the driver takes 32 KiB at a time
+                if self.port and len(out[0]) > PORT_WRITE:
+                    whole = memoryview(out[0])
+                    pieces = [whole[at : at + PORT_WRITE] for at in range(0, len(whole), PORT_WRITE)]
+                    written = os.writev(self.write_fd, pieces[:MAX_BUFFERS])
+                elif len(out) == 1 or self.port:
                     written = os.write(self.write_fd, out[0])
                 else:
                     written = os.writev(self.write_fd, list(islice(out, MAX_BUFFERS)))

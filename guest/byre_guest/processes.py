@@ -26,7 +26,8 @@ from byre_proto.errors import (
 
 from . import spawn, terminals, trees
 from .children import Collector
-from .pumps import FromPipe, ToPipe
+from .inputs import ToPipe
+from .pumps import FromPipe
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

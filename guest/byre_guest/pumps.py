@@ -2,7 +2,7 @@
 
     FromPipe   descriptor -> stream   reads only as much as the host has given credit for, and only while little
                                       waits to be sent: an unread stream stops its own writer and nothing else (B3)
-    ToPipe     stream -> descriptor   gives credit back when the process has taken the bytes, not before
+    ToPipe     stream -> descriptor   gives credit back when the process has taken the bytes, not before (`inputs`)
 
 All pumps take turns of one chunk, so that no stream starves another.  Descriptors are non-blocking and
 edge-triggered: a pump that may not read costs nothing, and needs no change in the epoll set.
@@ -15,13 +15,11 @@ from __future__ import annotations
 import errno
 import os
 from fcntl import fcntl
-from itertools import islice
 
-from byre_proto import events, limits
+from byre_proto import events, frames, limits
 from byre_proto.deques import deque
-from byre_proto.streams import REASON_NONE, REASON_PROCESS_GONE
 
-from .loop import EPOLLERR, EPOLLET, EPOLLHUP, EPOLLIN, EPOLLOUT
+from .loop import EPOLLERR, EPOLLET, EPOLLHUP, EPOLLIN
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -29,35 +27,48 @@ if TYPE_CHECKING:
 
     from byre_proto.session import Session
 
+    from .channels import Channel
+    from .inputs import ToPipe
     from .loop import Loop
-
-#: Read at once from a process: one DATA frame.
-CHUNK = limits.MAX_DATA
 
 #: Stream bytes that may wait to be sent before the pumps rest: enough for the channel to stay busy, little enough
 #: that the agent's memory does not grow with the number of processes.
-MAX_BACKLOG = 256 * 1024
+MAX_BACKLOG = 128 * 1024
+
+#: A stream that has carried this much is a bulk stream: it gets a larger pipe, because under an emulator one change
+#: between the process and the agent costs more than 64 KiB of bytes do.  Not from the start, and only as long as
+#: the budget of all streams lasts: what waits in unread pipes must not fill the memory.
+BULK_AFTER = 256 * 1024
+PIPE_SIZE = 1024 * 1024
+PIPES_BUDGET = 16 * 1024 * 1024
 
 #: fcntl(2); the fcntl module has a name for it from Python 3.10 on.
 F_SETPIPE_SZ = 1031
 
-#: A stream that has carried this much gets a larger pipe: the process and the agent take turns less often.  Not
-#: from the start: a thousand unread streams would fill the memory with what waits in their pipes.
-GROW_AFTER = 256 * 1024
-PIPE_SIZE = 256 * 1024
+#: Read at once from a bulk stream.  All that its pipe holds carries no more, and a control frame waits twice as
+#: long.
+BULK_FRAMES = 2
+BULK_SIZE = BULK_FRAMES * limits.MAX_DATA
 
-#: Buffers handed to one writev(2).
-MAX_BUFFERS = 64
+#: Read at once from any other stream: more would be new memory each time, whose pages cost more than the read.
+CHUNK = 64 * 1024
+
+#: What is read from a bulk stream goes to the channel from where it is; smaller pieces are gathered with others.
+DIRECT_FROM = 16 * 1024
 
 
 class Pumps:
     """All pumps of one connection, by stream id.  The server feeds it the session's events and gives it turns."""
 
-    def __init__(self, loop: Loop, session: Session) -> None:
+    def __init__(self, loop: Loop, session: Session, channel: Channel) -> None:
         self.loop = loop
         self.session = session
+        self.channel = channel
         self.ready: deque[FromPipe] = deque()
+        self.to_write: list[ToPipe] = []  # given data that they have not yet tried to write
+        self.frames = Frames()
         self._by_stream: dict[int, FromPipe | ToPipe] = {}
+        self._pipes_budget = PIPES_BUDGET
 
     def add(self, pump: FromPipe | ToPipe) -> None:
         self._by_stream[pump.stream] = pump
@@ -72,19 +83,81 @@ class Pumps:
             pump.on_event(event)
 
     def turn(self) -> None:
-        """Read from processes, one chunk of each at a time, until enough waits to be sent."""
-        ready, session = self.ready, self.session
-        while ready and session.data_backlog < MAX_BACKLOG:
+        """Read from processes, one chunk of each at a time, until enough waits to be sent.
+
+        Called while the channel is idle and nothing is queued.  What goes to the channel directly must not overtake
+        what is queued, so it begins the turn and ends it.
+        """
+        ready, session, channel = self.ready, self.session, self.channel
+        while ready and channel.idle and session.data_backlog < MAX_BACKLOG:
+            if ready[0].bulk and session.pending:
+                return  # that comes first
             pump = ready.popleft()
             pump.queued = False
             if pump.step():
                 pump.queue()
+
+    def write_out(self) -> None:
+        """Give processes what has come in for them, each all at once.  What they do not take is kept as a copy."""
+        writers, self.to_write = self.to_write, []
+        for writer in writers:
+            writer.write_out()
+
+    def grow(self, fd: int) -> int:
+        """Make a bulk stream's pipe larger, where there is budget left and the kernel lets us.
+
+        Returns what it took from the budget, to be given back to `shrunk` when the pipe is closed.
+        """
+        if self._pipes_budget < PIPE_SIZE:
+            return 0
+        try:
+            fcntl(fd, F_SETPIPE_SZ, PIPE_SIZE)
+        except OSError:  # what ordinary users' pipes hold together is bounded
+            return 0
+        self._pipes_budget -= PIPE_SIZE
+        return PIPE_SIZE
+
+    def shrunk(self, size: int) -> None:
+        self._pipes_budget += size
 
     def close(self) -> None:
         """The connection is over: every process is let go of as by `process.release`."""
         for pump in list(self._by_stream.values()):
             pump.close()
         self.ready.clear()
+
+
+class Frames:
+    """A buffer for some DATA frames one behind the other: read between the headers, then written as one piece."""
+
+    def __init__(self) -> None:
+        frame = frames.HEADER_SIZE + limits.MAX_DATA
+        self._starts = [number * frame for number in range(BULK_FRAMES)]
+        self._buffer = memoryview(bytearray(BULK_FRAMES * frame))
+        self._payloads = [self._buffer[at + frames.HEADER_SIZE : at + frame] for at in self._starts]
+
+    def read(self, fd: int, most: int) -> int:
+        """Read up to `most` bytes into the payloads."""
+        if most >= BULK_SIZE:
+            return os.readv(fd, self._payloads)
+        whole, rest = divmod(most, limits.MAX_DATA)
+        return os.readv(fd, [*self._payloads[:whole], self._payloads[whole][:rest]])
+
+    def finish(self, count: int, header: Callable[[int], bytes]) -> memoryview:
+        """The frames of the `count` bytes that were read; `header(size)` makes each one's."""
+        end = 0
+        for start in self._starts:
+            if not count:
+                break
+            size = min(count, limits.MAX_DATA)
+            end = start + frames.HEADER_SIZE + size
+            self._buffer[start : start + frames.HEADER_SIZE] = header(size)
+            count -= size
+        return self._buffer[:end]
+
+    def copy(self, count: int) -> bytes:
+        """The first `count` bytes that were read, of the first frame."""
+        return bytes(self._payloads[0][:count])
 
 
 class FromPipe:
@@ -102,7 +175,9 @@ class FromPipe:
         self._readable = False
         self._hung_up = False
         self._carried = 0
-        self._grown = terminal
+        self.bulk = False
+        self._settled = terminal  # whether it is bulk is not asked any more
+        self._grown = 0
         os.set_blocking(fd, False)
         pumps.add(self)
         pumps.loop.add(fd, EPOLLIN | EPOLLET, self._on_ready)
@@ -134,30 +209,51 @@ class FromPipe:
         credit = session.credit(self.stream)
         if credit <= 0:
             return False  # CreditReceived will ask for a turn
-        wanted = min(credit, CHUNK)
         try:
-            data = os.read(self._fd, wanted)
+            count = self._read_bulk(credit) if self.bulk else self._read(min(credit, CHUNK))
         except BlockingIOError:
             self._readable = False
             return False
+        if not count:
+            self._end(session.send_eof(self.stream))
+            return False
+        self._carried += count
+        if self._carried >= BULK_AFTER and not self._settled:
+            self.bulk = self._settled = True
+            self._grown = self._pumps.grow(self._fd)
+        return self._readable
+
+    def _read(self, wanted: int) -> int:
+        """Read and queue; returns the bytes, 0 at the end."""
+        try:
+            data = os.read(self._fd, wanted)
         except OSError as error:
             if error.errno != errno.EIO:
                 raise
-            data = b""  # a terminal that nobody holds open any more
-        if not data:
-            self._end(session.send_eof(self.stream))
-            return False
-        session.send(self.stream, data)
-        self._carried += len(data)
-        if not self._grown and self._carried >= GROW_AFTER:
-            self._grown = True
-            _grow(self._fd)
-        if len(data) < wanted and not (self._terminal or self._hung_up):
+            return 0  # a terminal that nobody holds open any more
+        self._pumps.session.send(self.stream, data)
+        self._note(len(data), wanted)
+        return len(data)
+
+    def _read_bulk(self, wanted: int) -> int:
+        """Read, and give the channel what is large; it is idle and nothing is queued.  Returns the bytes."""
+        pumps, session = self._pumps, self._pumps.session
+        wanted = min(wanted, BULK_SIZE)
+        count = pumps.frames.read(self._fd, wanted)
+        if count >= DIRECT_FROM:
+            pumps.channel.write([pumps.frames.finish(count, lambda size: session.send_header(self.stream, size))])
+        elif count:
+            session.send(self.stream, pumps.frames.copy(count))
+        self._note(count, wanted)
+        return count
+
+    def _note(self, count: int, wanted: int) -> None:
+        if count < wanted and not (self._terminal or self._hung_up):
             self._readable = False  # it was empty; what comes later is a new edge
-        return self._readable
 
     def drain(self) -> None:
-        """Carry what is there now, as far as credit goes: its writer has ended and may be reported (B2)."""
+        """Queue what is there now, as far as credit goes: its writer has ended and may be reported (B2)."""
+        self.bulk, self._settled = False, True  # the channel may be in the midst of what was read so
         self._readable = self._fd >= 0
         self._hung_up = True  # a short read no longer means that it is empty: the end may follow
         while self.step():
@@ -177,126 +273,5 @@ class FromPipe:
         os.close(self._fd)
         self._fd = -1
         self._pumps.drop(self)
+        self._pumps.shrunk(self._grown)
         self._on_end(total)
-
-
-class ToPipe:
-    """Carries what the host writes.  `on_end()` is called when the descriptor is closed.
-
-    `at_eof` gives bytes to write before closing (a terminal's end-of-file character), from the last byte written.
-    """
-
-    def __init__(
-        self,
-        pumps: Pumps,
-        fd: int,
-        stream: int,
-        on_end: Callable[[], object],
-        at_eof: Callable[[bytes], bytes] | None = None,
-    ) -> None:
-        self.stream = stream
-        self._pumps = pumps
-        self._fd = fd
-        self._on_end = on_end
-        self._at_eof = at_eof
-        self._chunks: deque[bytes | memoryview] = deque()
-        self._eof = False
-        self._writable = True
-        self._carried = 0
-        self._grown = at_eof is not None
-        self._last: bytes | memoryview = b""  # the chunk written last
-        os.set_blocking(fd, False)
-        pumps.add(self)
-        pumps.loop.add(fd, EPOLLOUT | EPOLLET, self._on_ready)
-
-    def _on_ready(self, mask: int) -> None:
-        if mask & EPOLLERR:
-            self._broken()
-            return
-        self._writable = True
-        self._write()
-
-    def on_event(self, event: events.Event) -> None:
-        """Data, its end, or its loss."""
-        if isinstance(event, events.DataReceived):
-            self._chunks.append(event.data)
-            if self._writable and len(self._chunks) == 1:
-                self._write()
-        elif isinstance(event, events.EofReceived):
-            self._eof = True
-            if not self._chunks:
-                self._finish()
-        elif isinstance(event, events.ResetReceived):
-            self.close()
-
-    def _write(self) -> None:
-        chunks = self._chunks
-        while chunks and self._writable:
-            try:
-                if len(chunks) == 1:
-                    written = os.write(self._fd, chunks[0])
-                else:
-                    written = os.writev(self._fd, list(islice(chunks, MAX_BUFFERS)))
-            except BlockingIOError:
-                self._writable = False
-                return
-            except OSError as error:  # EPIPE of a pipe, EIO of a terminal
-                if error.errno not in (errno.EPIPE, errno.EIO):
-                    raise
-                self._broken()
-                return
-            self._taken(written)
-        if self._eof and not chunks:
-            self._finish()
-
-    def _taken(self, written: int) -> None:
-        """The process's pipe has taken bytes: they count as consumed."""
-        chunks, rest = self._chunks, written
-        while rest:
-            chunk = chunks.popleft()
-            if len(chunk) > rest:
-                chunks.appendleft(memoryview(chunk)[rest:])
-                break
-            rest -= len(chunk)
-            self._last = chunk
-        self._pumps.session.consume(self.stream, written)
-        self._carried += written
-        if not self._grown and self._carried >= GROW_AFTER:
-            self._grown = True
-            _grow(self._fd)
-
-    def _finish(self) -> None:
-        if self._at_eof is not None:
-            try:
-                os.write(self._fd, self._at_eof(bytes(self._last[-1:])))
-            except OSError:
-                pass  # nobody reads there: then its end matters to nobody
-        self._end()
-
-    def _broken(self) -> None:
-        self._pumps.session.stop(self.stream, REASON_PROCESS_GONE)
-        self._end()
-
-    def close(self) -> None:
-        """Write no more; the process reads an end of file."""
-        if self._fd >= 0:
-            self._pumps.session.stop(self.stream, REASON_NONE)
-            self._end()
-
-    def _end(self) -> None:
-        if self._fd < 0:
-            return
-        self._chunks.clear()
-        self._pumps.loop.remove(self._fd)
-        os.close(self._fd)
-        self._fd = -1
-        self._pumps.drop(self)
-        self._on_end()
-
-
-def _grow(fd: int) -> None:
-    """Make a pipe larger, where its owner may: the kernel bounds what ordinary users' pipes hold together."""
-    try:
-        fcntl(fd, F_SETPIPE_SZ, PIPE_SIZE)
-    except OSError:
-        pass

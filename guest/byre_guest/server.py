@@ -17,7 +17,7 @@ from byre_proto.errors import ByreError, Cancelled, DeadlineExceeded, NotSupport
 
 from . import VERSION
 from .logs import DEBUG
-from .pumps import MAX_BACKLOG, Pumps
+from .pumps import Pumps
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -36,9 +36,6 @@ if TYPE_CHECKING:
 
 #: Taken from the session at once: a control frame waits behind no more than this.
 SEND_SIZE = 128 * 1024
-
-#: Reads from the channel per round, so that a flooding host does not keep exits and timers waiting.
-READS_PER_ROUND = 8
 
 
 class Call:
@@ -136,24 +133,24 @@ class Server:
     def on_channel(self) -> None:
         """The channel may have become readable or writable."""
         channel, connection = self._channel, self._connection
-        if channel is None or connection is None:
+        if channel is None or connection is None or not channel.readable:
             return
-        for _ in range(READS_PER_ROUND):
-            if not channel.readable:
-                return
-            data = channel.read()
-            if data is None:
-                return
-            if data:
-                connection.receive_data(data)
-            else:
-                self._ended = True
-                connection.receive_eof()
+        data = channel.read()
+        if data is None:
+            return
+        if data:
+            connection.receive_data(data)
+        else:
+            self._ended = True
+            connection.receive_eof()
+        try:
             for event in connection.take_events():
                 self._on_event(event)
-            if connection.close_due:
-                return
-        self.loop.call_soon(self.on_channel)
+        finally:  # before the channel's buffer is read into again
+            if self._pumps is not None:
+                self._pumps.write_out()
+        if channel.readable and not connection.close_due:
+            self.loop.call_soon(self.on_channel)
 
     def event(self, name: str, fields: dict[str, Any]) -> None:
         """Tell the host, if there is one, that something happened."""
@@ -175,26 +172,31 @@ class Server:
         self._on_drop()
 
     def _end_round(self) -> None:
-        """Let the pumps read, then send what there is to send."""
-        connection, channel = self._connection, self._channel
+        """Send what there is to send, and what the pumps then read."""
+        connection, channel, pumps = self._connection, self._channel, self._pumps
         if connection is None or channel is None:
             return
-        if self._pumps is not None and self._pumps.ready:
-            self._pumps.turn()
+        if self._send(connection, channel) and pumps is not None and pumps.ready:
+            pumps.turn()
+            self._send(connection, channel)
+        if connection.close_due and (channel.idle or self._ended):
+            self._drop()
+        elif pumps is not None and pumps.ready and channel.idle:
+            self.loop.call_soon(_nothing)  # another round at once, after a look at everything else
+
+    def _send(self, connection: Connection, channel: Channel) -> bool:
+        """Send what is queued, as far as the channel takes it; whether that was all."""
         try:
             while channel.flush():
                 buffers = connection.data_to_send(SEND_SIZE)
                 if not buffers:
-                    break
+                    return True
                 channel.write(buffers)
         except OSError as error:
             self.logs.log(DEBUG, f"the channel broke: {error}")
             self._ended = True
             connection.receive_eof()
-        if connection.close_due and (channel.idle or self._ended):
-            self._drop()
-        elif self._pumps is not None and self._pumps.ready and connection.session.data_backlog < MAX_BACKLOG:
-            self.loop.call_soon(_nothing)  # another round at once, after a look at everything else
+        return False
 
     # -- events and calls ----------------------------------------------------------------------------------
 
@@ -209,7 +211,8 @@ class Server:
             if call is not None:
                 call.give_up(Cancelled(f"{call.method} was cancelled"))
         elif isinstance(event, events.Connected):
-            self._pumps = self.processes.pumps = Pumps(self.loop, self.session)
+            assert self._channel is not None, "a connection has one"
+            self._pumps = self.processes.pumps = Pumps(self.loop, self.session, self._channel)
             self.logs.connected(self.session)
 
     def _on_request(self, request: events.RequestReceived) -> None:
