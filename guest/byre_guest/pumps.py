@@ -45,8 +45,10 @@ PIPES_BUDGET = 16 * 1024 * 1024
 #: fcntl(2); the fcntl module has a name for it from Python 3.10 on.
 F_SETPIPE_SZ = 1031
 
-#: Read at once from a bulk stream: all that its pipe holds, so that the process and the agent take turns seldom.
-BULK_FRAMES = PIPE_SIZE // limits.MAX_DATA
+#: Read at once from a bulk stream.  All that its pipe holds carries no more, and a control frame waits twice as
+#: long.
+BULK_FRAMES = 2
+BULK_SIZE = BULK_FRAMES * limits.MAX_DATA
 
 #: Read at once from any other stream: more would be new memory each time, whose pages cost more than the read.
 CHUNK = 64 * 1024
@@ -136,7 +138,7 @@ class Frames:
 
     def read(self, fd: int, most: int) -> int:
         """Read up to `most` bytes into the payloads."""
-        if most >= PIPE_SIZE:
+        if most >= BULK_SIZE:
             return os.readv(fd, self._payloads)
         whole, rest = divmod(most, limits.MAX_DATA)
         return os.readv(fd, [*self._payloads[:whole], self._payloads[whole][:rest]])
@@ -236,7 +238,7 @@ class FromPipe:
     def _read_bulk(self, wanted: int) -> int:
         """Read, and give the channel what is large; it is idle and nothing is queued.  Returns the bytes."""
         pumps, session = self._pumps, self._pumps.session
-        wanted = min(wanted, PIPE_SIZE)
+        wanted = min(wanted, BULK_SIZE)
         count = pumps.frames.read(self._fd, wanted)
         if count >= DIRECT_FROM:
             pumps.channel.write([pumps.frames.finish(count, lambda size: session.send_header(self.stream, size))])

@@ -15,7 +15,7 @@ import pytest
 from byre_guest import init, linux, modules, processes, spawn, system, terminals
 from byre_guest.channels import Channel
 from byre_guest.logs import INFO, MAX_EARLY, Logs, describe
-from byre_guest.pumps import F_SETPIPE_SZ, PIPE_SIZE, Frames
+from byre_guest.pumps import BULK_SIZE, F_SETPIPE_SZ, PIPE_SIZE, Frames
 from byre_proto import errors, events, frames
 from byre_proto.connection import Connection
 from byre_proto.errors import InvalidRequest
@@ -188,7 +188,7 @@ def test_a_channel_writes_in_order_as_room_comes() -> None:
     assert bytes(got) == b"".join(data)
 
 
-@pytest.mark.parametrize("most", [1, MAX_DATA - 1, MAX_DATA, MAX_DATA + 1, PIPE_SIZE - 1, PIPE_SIZE, PIPE_SIZE + 1])
+@pytest.mark.parametrize("most", [1, MAX_DATA - 1, MAX_DATA, MAX_DATA + 1, BULK_SIZE - 1, BULK_SIZE, BULK_SIZE + 1])
 @pytest.mark.parametrize("there", [1, MAX_DATA, 2 * MAX_DATA + 5, PIPE_SIZE])
 def test_frames_are_made_around_what_was_read(most: int, there: int) -> None:
     data = os.urandom(there)
@@ -197,7 +197,7 @@ def test_frames_are_made_around_what_was_read(most: int, there: int) -> None:
     os.write(writing, data)
     made = Frames()
     count = made.read(reading, most)
-    assert count == min(most, there, PIPE_SIZE)
+    assert count == min(most, there, BULK_SIZE)
     assert made.copy(min(count, 100)) == data[: min(count, 100)]
     whole = made.finish(count, lambda size: frames.HEADER.pack(size, frames.DATA, 0, 0, 1))
     got = [bytes(payload) for _, _, payload in frames.FrameBuffer().frames(whole)]
