@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -153,9 +154,12 @@ def test_configure_sets_the_level_of_the_log(agent: AgentClient) -> None:
 @pytest.mark.behaviour("B49")
 def test_stacks_show_the_agent_and_its_processes(agent: AgentClient) -> None:
     process = agent.start("sleep", "100")
-    text = agent.call("system.stacks")["text"]
+    text = ""
+    deadline = time.monotonic() + 30
+    while f"\n{process.pid} sleep S " not in text:  # it may be on its way there
+        assert time.monotonic() < deadline, text
+        text = agent.call("system.stacks")["text"]
     assert "in own_stack" in text
-    assert f"\n{process.pid} sleep S " in text
     assert "systemd" not in text
     if os.geteuid() == 0:
         assert "nanosleep" in text
