@@ -17,6 +17,8 @@ that itself; owners are numbers, -1 for nobody in particular; other bytes than U
 
 from __future__ import annotations
 
+import stat
+
 import msgpack
 
 from .encoding import unpack
@@ -39,6 +41,20 @@ DATA = 1 << 31
 #: Kinds of entries.
 FILE, DIRECTORY, SYMLINK, LINK = "file", "dir", "symlink", "link"
 FIFO, CHARACTER, BLOCK, SOCKET = "fifo", "char", "block", "socket"
+
+#: By the type that stat(2) gives.
+KINDS = {
+    stat.S_IFREG: FILE,
+    stat.S_IFDIR: DIRECTORY,
+    stat.S_IFLNK: SYMLINK,
+    stat.S_IFIFO: FIFO,
+    stat.S_IFCHR: CHARACTER,
+    stat.S_IFBLK: BLOCK,
+    stat.S_IFSOCK: SOCKET,
+}
+
+#: Extended attributes that are carried: file systems' own and security labels mean nothing elsewhere.
+XATTRS = ("user.", "system.posix_acl_", "security.capability")
 
 _packer: Any = None  # one for all messages: each has a buffer of 1 MiB
 

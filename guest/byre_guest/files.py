@@ -33,7 +33,6 @@ from byre_proto.errors import (
     PathRefused,
     PermissionRefused,
     ReadOnlyFiles,
-    StartFailed,
     to_wire,
 )
 
@@ -105,20 +104,14 @@ def begin(
     processes = call.server.processes
     number = processes.reserve()
     stdio = Stdio(call.server.session, {**arguments, "stderr": 0, "terminal": False})
-    tree = trees.Tree(0)
-    try:
-        tree = processes.trees.new(number)
-        processes.trees.enter(tree)
-        try:
-            tree.pid = os.fork()
-            if tree.pid == 0:
-                _child(stdio.theirs, pidfd, open_root, arguments)
-        finally:
-            processes.trees.leave()
-    except OSError as error:
-        stdio.close()
-        processes.trees.ended(tree)
-        raise StartFailed(f"no new process: {error.strerror}", errno=error.errno) from error
+
+    def fork() -> tuple[int, int]:
+        pid = os.fork()
+        if pid == 0:
+            _child(stdio.theirs, pidfd, open_root, arguments)
+        return pid, -1
+
+    tree, _ = processes.launch(number, stdio, fork)
     process = processes.adopt(
         tree.pid,
         stdio,

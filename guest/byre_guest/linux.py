@@ -18,9 +18,7 @@ if TYPE_CHECKING:
 
 # mount(2), umount2(2)
 MS_RDONLY = 1
-MS_NOSUID = 2
 MS_NODEV = 4
-MS_NOEXEC = 8
 MS_REMOUNT = 32
 MS_BIND = 4096
 MS_MOVE = 8192
@@ -63,14 +61,10 @@ PR_CAP_AMBIENT_CLEAR_ALL = 4
 # reboot(2)
 RB_AUTOBOOT = 0x01234567
 RB_POWER_OFF = 0x4321FEDC
-RB_DISABLE_CAD = 0
 
-# random(4), sockios.h, signalfd(2)
+# random(4), signalfd(2)
 RNDADDENTROPY = 0x40085203
 RNDRESEEDCRNG = 0x5207
-SIOCGIFFLAGS = 0x8913
-SIOCSIFFLAGS = 0x8914
-IFF_UP = 1
 SFD_NONBLOCK = 0o4000
 SFD_CLOEXEC = 0o2000000
 SIGNALFD_SIGINFO_SIZE = 128
@@ -283,7 +277,7 @@ def sethostname(name: str) -> None:
 
 
 def reboot(command: int) -> None:
-    """RB_AUTOBOOT, RB_POWER_OFF or RB_DISABLE_CAD.  Does not sync."""
+    """RB_AUTOBOOT or RB_POWER_OFF.  Does not sync."""
     if _libc().reboot(command) < 0:
         _raise()
 
@@ -296,16 +290,3 @@ def add_entropy(data: bytes) -> None:
         ioctl(fd, RNDRESEEDCRNG)
     finally:
         os.close(fd)
-
-
-def interface_up(name: str) -> None:
-    """Set a network interface up."""
-    import _socket
-
-    control = _socket.socket(_socket.AF_INET, _socket.SOCK_DGRAM | _socket.SOCK_CLOEXEC)
-    try:
-        request = struct.pack("=16sH22x", name.encode(), 0)
-        flags = struct.unpack_from("=16sH", ioctl(control.fileno(), SIOCGIFFLAGS, request))[1]
-        ioctl(control.fileno(), SIOCSIFFLAGS, struct.pack("=16sH22x", name.encode(), flags | IFF_UP))
-    finally:
-        control.close()

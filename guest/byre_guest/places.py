@@ -31,19 +31,6 @@ MAX_DEPTH = 1024
 #: What a name is called that is renamed to the right one when it is complete: a cut operation leaves the old file.
 TEMPORARY = ".byre-"
 
-#: Extended attributes that are carried: file systems' own and security labels mean nothing elsewhere.
-XATTRS = ("user.", "system.posix_acl_", "security.capability")
-
-_KINDS = {
-    stat.S_IFREG: records.FILE,
-    stat.S_IFDIR: records.DIRECTORY,
-    stat.S_IFLNK: records.SYMLINK,
-    stat.S_IFIFO: records.FIFO,
-    stat.S_IFCHR: records.CHARACTER,
-    stat.S_IFBLK: records.BLOCK,
-    stat.S_IFSOCK: records.SOCKET,
-}
-
 
 class Place:
     """Below one root.  All of its methods may block, and raise OSError."""
@@ -108,7 +95,7 @@ def open_directory(name: str, directory: int | None = None) -> int:
 
 def kind_of(status: os.stat_result) -> str:
     """Its kind, as records have it."""
-    return _KINDS[stat.S_IFMT(status.st_mode)]
+    return records.KINDS[stat.S_IFMT(status.st_mode)]
 
 
 def entry(name: str, status: os.stat_result, target: str = "", xattrs: dict[str, bytes] | None = None) -> list[Any]:
@@ -131,7 +118,7 @@ def link_target(name: str, directory: int, status: os.stat_result) -> str:
 def read_xattrs(fd: int) -> dict[str, bytes]:
     """Those that are carried, of an open file or directory."""
     try:
-        return {name: os.getxattr(fd, name) for name in os.listxattr(fd) if name.startswith(XATTRS)}
+        return {name: os.getxattr(fd, name) for name in os.listxattr(fd) if name.startswith(records.XATTRS)}
     except OSError as error:
         if error.errno in (errno.ENOTSUP, errno.ENODATA):  # none here; gone meanwhile
             return {}

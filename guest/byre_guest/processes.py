@@ -191,24 +191,32 @@ class Processes:
         number = self.reserve()
         assert self.pumps is not None, "requests come over a connection"
         stdio = Stdio(self.pumps.session, arguments)
-        tree = trees.Tree(0)
-        try:
-            tree = self.trees.new(number)
-            self.trees.enter(tree)
-            try:
-                tree.pid, report = _spawn(plan, stdio)
-            finally:
-                self.trees.leave()
-        except OSError as error:
-            stdio.close()
-            self.trees.ended(tree)
-            raise StartFailed(f"no new process: {error.strerror}", errno=error.errno) from error
+        tree, report = self.launch(number, stdio, lambda: _spawn(plan, stdio))
         process = Process(number, tree.pid, plan.args, "", tree)
         if report >= 0:
             _Start(self, call, process, plan, report)
         self._take_in(process, stdio)
         if report < 0:
             call.reply({"process": number, "pid": tree.pid})
+
+    def launch(self, number: int, stdio: Stdio, start: Callable[[], tuple[int, int]]) -> tuple[trees.Tree, int]:
+        """Have `start() -> (pid, descriptor of its report)` start a process in a tree of its own.
+
+        Raises `StartFailed`: then nothing is left, its streams neither.
+        """
+        tree = trees.Tree(0)
+        try:
+            tree = self.trees.new(number)
+            self.trees.enter(tree)
+            try:
+                tree.pid, report = start()
+            finally:
+                self.trees.leave()
+        except OSError as error:
+            stdio.close()
+            self.trees.ended(tree)
+            raise StartFailed(f"no new process: {error.strerror}", errno=error.errno) from error
+        return tree, report
 
     def adopt(
         self,

@@ -174,7 +174,7 @@ class Unpacker:
         os.fchmod(fd, mode)
         for name, value in fields[10].items():
             try:
-                if not name.startswith(places.XATTRS):
+                if not name.startswith(records.XATTRS):
                     raise OSError(errno.ENOTSUP, "")
                 os.setxattr(fd, name, value)
             except OSError as error:

@@ -29,7 +29,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import ByreError, TemplateBroken
-from .template_files import check_own, digest, flush, look, memory_digest, remove
+from .oci.files import flush
+from .template_files import check_own, digest, look, memory_digest, remove
 
 if TYPE_CHECKING:
     from .machines.base import Identity

@@ -268,6 +268,8 @@ def test_a_saved_machine_goes_on_as_another_one_more_than_once(make: Make, tmp_p
             await machine.connect()
 
     async def goes_on(machine: Machine) -> None:
+        if machine_options()["transport"] != "vsock":  # there the guest dials, once it has booted
+            (await machine.connect()).close()
         disk = await machine.attach_disk(state)
         await machine.pause()
         await machine.resume()

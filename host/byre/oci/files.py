@@ -68,11 +68,16 @@ def publish(new: Path, final: Path) -> None:
     """Give a finished, synced file its name; nobody is to write to it again."""
     os.chmod(new, 0o400)
     os.rename(new, final)
-    directory = os.open(final.parent, os.O_RDONLY | os.O_DIRECTORY)
+    flush(final.parent)
+
+
+def flush(path: Path) -> None:
+    """Wait until a file, or a directory's names, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        os.fsync(directory)
+        os.fsync(descriptor)
     finally:
-        os.close(directory)
+        os.close(descriptor)
 
 
 class Lease:

@@ -14,19 +14,6 @@ from byre.errors import FileFailed
 from byre.file_operation import FileStatus
 from byre_proto import records
 
-#: Extended attributes that are carried; others mean nothing elsewhere.
-XATTRS = ("user.", "system.posix_acl_", "security.capability")
-
-_KINDS = {
-    stat.S_IFREG: records.FILE,
-    stat.S_IFDIR: records.DIRECTORY,
-    stat.S_IFLNK: records.SYMLINK,
-    stat.S_IFIFO: records.FIFO,
-    stat.S_IFCHR: records.CHARACTER,
-    stat.S_IFBLK: records.BLOCK,
-    stat.S_IFSOCK: records.SOCKET,
-}
-
 
 class Packer:
     """Records of what is at a path, the top by the name `name` ("." for what is in it alone).
@@ -62,7 +49,7 @@ class Packer:
                 )
 
     def _one(self, path: str, name: str, status: os.stat_result) -> Iterator[bytes]:
-        kind = _KINDS[stat.S_IFMT(status.st_mode)]
+        kind = records.KINDS[stat.S_IFMT(status.st_mode)]
         if kind == records.FILE:
             yield from self._file(path, name)
         elif kind == records.DIRECTORY:
@@ -111,7 +98,7 @@ def _plainly(path: str, flags: int) -> int:
 
 def _xattrs(path: str) -> dict[str, bytes]:
     try:
-        return {name: os.getxattr(path, name) for name in os.listxattr(path) if name.startswith(XATTRS)}
+        return {name: os.getxattr(path, name) for name in os.listxattr(path) if name.startswith(records.XATTRS)}
     except OSError as error:
         if error.errno in (errno.ENOTSUP, errno.ENODATA):
             return {}

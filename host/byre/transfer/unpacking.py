@@ -19,8 +19,6 @@ from byre.file_operation import FileStatus, malformed
 from byre.oci.tarstream import MAX_NAME, MAX_PATH, show
 from byre_proto import records
 
-from .packing import XATTRS
-
 #: Entries and bytes that one copy may bring, unless told otherwise: a guest must not fill the host's disk.
 MAX_ENTRIES = 1_000_000
 MAX_BYTES = 64 << 30
@@ -253,13 +251,13 @@ class LocalUnpacker:
 
     def _set_xattr(self, fd: int, name: str, value: bytes) -> None:
         try:
-            if not name.startswith(XATTRS):
+            if not name.startswith(records.XATTRS):
                 raise OSError(errno.ENOTSUP, "")
             os.setxattr(fd, name, value)
         except OSError as error:
             if error.errno not in (errno.ENOTSUP, errno.EPERM, errno.EINVAL):
                 raise
-            self._drop(name if name.startswith(XATTRS) else "other attributes")
+            self._drop(name if name.startswith(records.XATTRS) else "other attributes")
 
     def _own(self, chown: Any, entry: FileStatus) -> bool:
         try:
