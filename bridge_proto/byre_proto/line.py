@@ -24,8 +24,8 @@ from __future__ import annotations
 import os
 import struct
 import zlib
-from collections import deque
 
+from .deques import deque
 from .stuffing import Splitter, checked, stuffed, unstuffed
 
 # -- limits, which are part of the version -----------------------------------------------------------------

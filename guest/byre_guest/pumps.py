@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import errno
 import os
-from fcntl import fcntl
+from fcntl import fcntl, ioctl
 from itertools import islice
 
 from byre_proto import events, limits
@@ -40,6 +40,9 @@ MAX_BACKLOG = 256 * 1024
 
 #: fcntl(2); the fcntl module has a name for it from Python 3.10 on.
 F_SETPIPE_SZ = 1031
+
+#: ioctl_tty(2); of pipes as well.
+FIONREAD = 0x541B
 
 #: A stream that has carried this much gets a larger pipe: the process and the agent take turns less often.  Not
 #: from the start: a thousand unread streams would fill the memory with what waits in their pipes.
@@ -162,6 +165,13 @@ class FromPipe:
         self._hung_up = True  # a short read no longer means that it is empty: the end may follow
         while self.step():
             pass
+
+    @property
+    def written(self) -> int:
+        """Bytes that were written to it until now, those that wait for credit in its pipe too; -1 after its end."""
+        return (
+            self._carried + int.from_bytes(ioctl(self._fd, FIONREAD, bytes(4)), "little") if self._fd >= 0 else -1
+        )
 
     def close(self) -> None:
         """Read no more; the process gets a broken pipe.  The stream ends as incomplete."""

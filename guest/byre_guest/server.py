@@ -34,9 +34,6 @@ if TYPE_CHECKING:
 
     Handler = Callable[["Call", dict[str, Any]], object]
 
-#: Taken from the session at once: a control frame waits behind no more than this.
-SEND_SIZE = 128 * 1024
-
 #: Reads from the channel per round, so that a flooding host does not keep exits and timers waiting.
 READS_PER_ROUND = 8
 
@@ -129,6 +126,7 @@ class Server:
         """Begin a fresh session over the channel, and greet the host at once."""
         self._channel = channel
         self._connection = Connection(first=False, name=f"byre-guest {VERSION}", secret=secret)
+        self.session.max_data = channel.max_data
         self._pumps = None
         self._ended = False
         self._end_round()
@@ -183,7 +181,7 @@ class Server:
             self._pumps.turn()
         try:
             while channel.flush():
-                buffers = connection.data_to_send(SEND_SIZE)
+                buffers = connection.data_to_send(channel.room)
                 if not buffers:
                     break
                 channel.write(buffers)

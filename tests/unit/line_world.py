@@ -7,49 +7,13 @@ import random
 from collections.abc import Callable, Iterator
 
 from byre_proto.line import Line
+from tests.bad_line import BadWire
 
 #: Seconds of the played clock after which what has not arrived never will.
 LIMIT = 3600.0
 
 #: What becomes of a few bytes of the wire.
 Wire = Callable[[bytes], bytes]
-
-
-def perfect(data: bytes) -> bytes:
-    return data
-
-
-class BadWire:
-    """Each byte is lost, flipped, doubled, or followed by another one, with a probability; `hurt` counts."""
-
-    KINDS = ("lost", "flipped", "doubled", "inserted")
-
-    def __init__(self, seed: int, rate: float, kinds: tuple[str, ...] = KINDS) -> None:
-        self._random = random.Random(seed)
-        self._rate = rate
-        self._kinds = kinds
-        self.hurt = 0
-
-    def __call__(self, data: bytes) -> bytes:
-        out = bytearray()
-        at = 0
-        while True:
-            good = int(self._random.expovariate(self._rate)) if self._rate else len(data)
-            out += data[at : at + good]
-            at += good
-            if at >= len(data):
-                return bytes(out)
-            out += self._hurt(data[at])
-            at += 1
-
-    def _hurt(self, byte: int) -> bytes:
-        self.hurt += 1
-        kind = self._random.choice(self._kinds)
-        if kind == "lost":
-            return b""
-        if kind == "flipped":
-            return bytes((byte ^ 1 << self._random.randrange(8),))
-        return bytes((byte, byte if kind == "doubled" else self._random.randrange(256)))
 
 
 class World:
@@ -64,7 +28,7 @@ class World:
         self.noise = [bytearray(), bytearray()]
         self.raw = [0, 0]
         self.feed: list[Iterator[bytes]] = [iter(()), iter(())]
-        self._wires = wires or (perfect, perfect)
+        self._wires = wires or (BadWire(0, 0), BadWire(0, 0))
         self._random = random.Random(seed)
         self._seconds_per_byte = 10 / baud
         self._delay = delay

@@ -25,8 +25,9 @@ from byre_proto.line import (
     Line,
 )
 from byre_proto.stuffing import checked, stuffed, unstuffed
+from tests.bad_line import BadWire
 
-from .line_world import BadWire, World, pieces
+from .line_world import World, pieces
 
 KERNEL = b"[   12.345678] Out of memory: Killed process 4711 (sh)\r\n"
 
