@@ -175,7 +175,7 @@ class Line:
             self._sync_at = now + self._sync_every
             self._sync_every = min(2 * self._sync_every, SYNC_SECONDS[1])
             return
-        self._lose(self._under_way[0])  # alone: the answer tells which of the others are missing
+        self._under_way[0].due = True  # alone: the answer tells which of the others are missing
         self._timeout = min(2 * self._timeout, MAX_TIMEOUT)
         self._timeout_at = now + self._timeout
 
@@ -313,12 +313,9 @@ class Line:
             self._payload = min(self._payload + MORE_PAYLOAD, MAX_PAYLOAD)
         for frame in under_way:
             if 0 < frame.order < last and not frame.due:
-                self._lose(frame)
+                frame.due = True
+                self._payload = max(self._payload * 3 // 4, MIN_PAYLOAD)
         self._timeout_at = now + self._timeout if under_way else None
-
-    def _lose(self, frame: _Sent) -> None:
-        frame.due = True
-        self._payload = max(self._payload * 3 // 4, MIN_PAYLOAD)
 
     def _measure(self, trip: float | None) -> None:
         """The timeout of RFC 6298, and the window by the delay beyond the least.

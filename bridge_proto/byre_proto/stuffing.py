@@ -1,10 +1,11 @@
 """Frames on a line that changes, loses and inserts bytes: flags, byte stuffing, a checksum.  No I/O, no meaning.
 
-    7e | body, stuffed | CRC-32 of the body, stuffed | 7e
+    7e | body and its CRC-32, masked, stuffed | 7e
 
 As in HDLC-like framing (RFC 1662, section 4): 7d stands before a byte that may not appear as it is, which then has
 bit 5 inverted.  No control character is ever sent, so that a terminal driver in whatever mode has nothing to act on
-(^C, XOFF, line ends), and whatever control character arrives was put in by the line and is taken out.
+(^C, XOFF, line ends), and whatever control character arrives was put in by the line and is taken out.  The mask
+is for the data there is most of: zeros and text need no escape with it.
 
 Rule: what is between two flags is a frame whose checksum is right, or noise.  Noise is no error: a kernel writes
 its messages to the same line.  It is handed on, since it may be a console's text.
@@ -26,10 +27,14 @@ CRC_SIZE = 4
 #: What a line or a terminal driver may put in or swallow: C0 (XON and XOFF, ^C, line ends).
 CONTROLS = bytes(range(0x20))
 
+#: What every byte is XORed with before it is stuffed.
+MASK = 0xAA
+
 #: Never sent as they are.  7f is a terminal's erase, ff what it and telnet mark things with.
 SPECIAL = (*ESCAPE, *FLAG, *CONTROLS, 0x7F, 0xFF)
 
 _STUFFED = tuple((bytes((byte,)), bytes((ESCAPE[0], byte ^ FLIP))) for byte in SPECIAL)  # the escape is the first
+_MASKED = bytes(byte ^ MASK for byte in range(256))
 _PLAIN = {byte ^ FLIP: bytes((byte,)) for byte in SPECIAL}
 
 #: Noise that nobody has taken; the oldest is dropped.  A kernel's panic is on the console of the machine as well,
@@ -39,7 +44,7 @@ MAX_NOISE_KEPT = 16 * 1024
 
 def stuffed(body: bytes, seed: int) -> bytes:
     """A whole frame for the line.  `seed` is where the CRC starts: what both ends know and nobody sends."""
-    data = body + zlib.crc32(body, seed).to_bytes(CRC_SIZE, "big")
+    data = (body + zlib.crc32(body, seed).to_bytes(CRC_SIZE, "big")).translate(_MASKED)
     for plain, pair in _STUFFED:
         if plain in data:
             data = data.replace(plain, pair)
@@ -55,7 +60,7 @@ def unstuffed(piece: bytes) -> bytes:
         if byte is None:
             return b""
         plain += (byte, part[1:])
-    return b"".join(plain)
+    return b"".join(plain).translate(_MASKED)
 
 
 def checked(data: bytes, seed: int) -> bytes:

@@ -12,6 +12,7 @@ import termios
 from time import monotonic
 
 from byre_proto.line import MAX_DATA, Line
+from byre_proto.stuffing import FLAG
 
 from .channels import Channel
 from .loop import EPOLLIN, EPOLLOUT
@@ -127,9 +128,16 @@ def open_tty(path: str, baud: str = "") -> LineChannel:
 
 
 def make_raw(fd: int, speed: int) -> None:
-    """Eight bits, nothing translated, no signal, no echo, no flow control, and no modem that could hang up."""
-    characters = termios.tcgetattr(fd)[6]
-    characters[termios.VMIN], characters[termios.VTIME] = 1, 0
+    """Eight bits, nothing translated, no signal, no echo, no flow control, and no modem that could hang up.
+
+    But in "lines", which end with the flag of a frame: so the driver wakes the agent for each frame, not for the
+    few bytes of each interrupt, which doubles what an emulated guest can take in.  See termios(3), ICANON, VEOL.
+    """
+    attributes = termios.tcgetattr(fd)
     control = termios.CS8 | termios.CREAD | termios.CLOCAL
-    termios.tcsetattr(fd, termios.TCSANOW, [termios.IGNBRK, 0, control, 0, speed, speed, characters])
+    attributes[:6] = [termios.IGNBRK, 0, control, termios.ICANON, speed, speed]
+    characters = attributes[6]
+    characters[:] = [b"\0"] * len(characters)  # none
+    characters[termios.VEOL] = FLAG
+    termios.tcsetattr(fd, termios.TCSANOW, attributes)
     termios.tcflush(fd, termios.TCIFLUSH)  # typed before, and in the other mode

@@ -37,13 +37,11 @@ def opened(line: bytes) -> list[bytes]:
             if byte == 0x7D:
                 escaped = True
             else:
-                plain.append(byte ^ 0x20 if escaped else byte)
+                plain.append((byte ^ 0x20 if escaped else byte) ^ 0xAA)
                 escaped = False
-        body, crc = (
-            bytes(plain[:-4]),
-            struct.pack("!I", zlib.crc32((b"" if plain[0] in b"SY" else OWN + PEER) + plain[:-4])),
-        )
-        assert crc == plain[-4:]
+        body = bytes(plain[:-4])
+        seed = b"" if body[:1] in (b"S", b"Y") else OWN + PEER
+        assert struct.pack("!I", zlib.crc32(seed + body)) == plain[-4:]
         bodies.append(body)
     return bodies
 

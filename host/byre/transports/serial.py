@@ -14,14 +14,11 @@ import contextlib
 import os
 import socket
 import threading
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from byre.errors import InvalidRequest, TransportUnavailable
 from byre.machines.spawn import in_thread
 from byre.transports.base import Transport, Wiring
-
-if TYPE_CHECKING:
-    import serial
 
 #: Bits per second where none are named: what everybody's console has.
 BAUDRATE = 115_200
@@ -99,7 +96,7 @@ class SerialPort:
     Ports with a descriptor (a tty, a TCP connection) are served by the event loop, others by two threads.
     """
 
-    def __init__(self, port: serial.SerialBase) -> None:
+    def __init__(self, port: Any) -> None:
         self.socket, self._inner = socket.socketpair()
         self.socket.setblocking(False)
         self._port = port
