@@ -6,7 +6,7 @@ import argparse
 import asyncio
 import sys
 
-from . import boot, container, execs, layers, ping, stdio
+from . import boot, container, execs, layers, ping, serial, stdio
 
 BENCHMARKS = {
     "boot": boot.run,
@@ -16,6 +16,7 @@ BENCHMARKS = {
     "stdio": stdio.run,
     "layers": layers.run,
     "ping": ping.run,
+    "serial": serial.run,
 }
 
 

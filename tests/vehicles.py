@@ -32,6 +32,7 @@ for _vehicle in NOT_SHOWN:
     NOT_SHOWN[_vehicle].update({f"B{n}": _NEEDS_CGROUP for n in range(20, 31)})
     NOT_SHOWN[_vehicle].update({"B30a": _NEEDS_CGROUP, "B31": _NEEDS_CGROUP})
     NOT_SHOWN[_vehicle].update({f"B{n}": _NEEDS_VM for n in (40, 41, 43, 48, 49, 52, 60, 64)})
+NOT_SHOWN["serial"] = {"B64": "filling a scratch takes minutes through a line, and is no affair of the channel"}
 
 
 def selected() -> tuple[str, ...]:
