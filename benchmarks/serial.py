@@ -29,7 +29,7 @@ BAUD = 115_200
 #: Of the bytes on the bad line every ten thousandth is damaged: one frame of twenty.
 RATE = 1e-4
 
-PINGS = 40
+PINGS = 20
 
 
 async def out(host: Any, size: int) -> float:
@@ -64,8 +64,9 @@ async def loaded_pings(host: Any) -> list[float]:
 
         draining = asyncio.ensure_future(drain())
         times = await pings(host)
-        await process.kill()
+        await process.close_stdout()  # what is under way would take half a minute
         await draining
+        await process.kill()
     return times
 
 
