@@ -33,6 +33,7 @@ test: setup-test
 	@$(BIN)/python -c 'import byre_images; byre_images.ensure(progress=print)'
 	@$(BIN)/python -m tests.images
 	$(BIN)/python -m pytest $(PYTEST_FLAGS)
+	BYRE_TEST_VEHICLES=serial $(BIN)/python -m pytest -m vm $(PYTEST_FLAGS) tests/conformance tests/vm/test_vm.py
 	$(BIN)/python -m tests.user $(PYTEST_FLAGS)
 
 # KVM and vsock for real, inside an emulated machine that has both.
@@ -44,7 +45,7 @@ behaviours: setup-test
 	$(BIN)/python -m tests.behaviours
 
 bench: setup
-	for name in boot clone echo cli exec exec-container container stdio ping layers; do $(BIN)/python -m benchmarks $$name --json || exit 1; done
+	for name in boot clone echo cli exec exec-container container stdio ping layers serial; do $(BIN)/python -m benchmarks $$name --json || exit 1; done
 
 lint: setup-test
 	$(BIN)/python -m pytest tests/unit/test_linters.py tests/unit/test_layering.py

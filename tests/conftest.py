@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import zlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -99,6 +100,8 @@ def machine_options() -> dict[str, Any]:
     """What a UtilityVM of this run is forced to be: the vehicle is not left to chance."""
     if vehicles.machine() == "kvm":
         return {"accelerator": "kvm", "transport": "vsock"}
+    if vehicles.machine() == "serial":
+        return {"accelerator": "tcg", "transport": "serial"}
     return {"accelerator": "tcg", "transport": "virtio-serial"}
 
 
@@ -155,7 +158,7 @@ def place(request: pytest.FixtureRequest) -> str:
 @pytest.fixture
 def host(place: str, request: pytest.FixtureRequest) -> Any:
     """A `ProcessHost` for each place of this run."""
-    names = {"local": "local_host", "sync": "sync_host"}
+    names = {"local": "local_host", "sync": "sync_host", "line": "line_host"}
     return request.getfixturevalue("container" if place.endswith("/container") else names.get(place, "vm"))
 
 
@@ -173,6 +176,15 @@ async def sync_host() -> AsyncIterator[Any]:
 
     async with SyncHost() as sync:
         yield sync
+
+
+@pytest.fixture
+async def line_host(request: pytest.FixtureRequest) -> AsyncIterator[Any]:
+    """An agent at the end of a line on which every thousandth byte is damaged, in each test others."""
+    from .bad_line import line_host
+
+    async with line_host(rate=1e-3, seed=zlib.crc32(request.node.name.encode())) as (host, _):
+        yield host
 
 
 @pytest.fixture

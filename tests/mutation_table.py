@@ -38,6 +38,22 @@ MUTATIONS = (
         (f"{PROCESS}::test_cat_returns_what_it_is_given",),
     ),
     Mutation(
+        "B1",
+        "a frame on a line is taken whatever its checksum",
+        "bridge_proto/byre_proto/stuffing.py",
+        'zlib.crc32(body, seed) == int.from_bytes(data[-CRC_SIZE:], "big")',
+        "len(data) > CRC_SIZE",
+        ("tests/unit/test_serial.py::test_bytes_pass_whole_whatever_becomes_of_them_on_the_line",),
+    ),
+    Mutation(
+        "B2",
+        "what waits in a pipe for credit at the exit counts as never written",
+        "guest/byre_guest/processes.py",
+        "return pump.written if total < 0 and pump is not None else total",
+        "return total",
+        ("tests/unit/test_guest_processes.py::test_output_that_fits_the_pipe_is_read_after_the_exit",),
+    ),
+    Mutation(
         "B2",
         "at the exit the outputs are closed instead of drained",
         "guest/byre_guest/processes.py",
@@ -431,6 +447,14 @@ MUTATIONS = (
         "        await asyncio.shield(machine.kill())\n",
         "",
         (f"{HOST}::test_cancelling_a_boot_leaves_no_machine",),
+    ),
+    Mutation(
+        "B42",
+        "a peer on a line that began anew is taken for the old one",
+        "bridge_proto/byre_proto/line.py",
+        'self.over = "the peer began anew"',
+        "self._say = SYNCED",
+        ("tests/unit/test_serial.py::test_an_agent_that_began_anew_ends_what_waits",),
     ),
     Mutation(
         "B42",

@@ -69,6 +69,7 @@ class Session:
         self.events: deque[events.Event] = deque()
         self.streams: dict[int, Stream] = {}
         self.received = 0  # numbered frames taken in
+        self.max_data = limits.MAX_DATA  # of a DATA frame that this side sends; less where the channel is slow
         self.outbox = Outbox(self._forget_if_done)
         self._pool = WindowPool()
         self._next_stream = 1 if first else 2
@@ -250,11 +251,11 @@ class Session:
         data = bytes(data)  # no copy of bytes; whatever else it is may change before it is sent
         stream.send_window.spend(len(data))
         stream.sent += len(data)
-        if len(data) <= limits.MAX_DATA:
+        if len(data) <= self.max_data:
             self.outbox.data(stream, frames.encode_data(number, data))
             return
-        for start in range(0, len(data), limits.MAX_DATA):
-            self.outbox.data(stream, frames.encode_data(number, data[start : start + limits.MAX_DATA]))
+        for start in range(0, len(data), self.max_data):
+            self.outbox.data(stream, frames.encode_data(number, data[start : start + self.max_data]))
 
     def send_header(self, number: int, size: int) -> bytes:
         """The header of a DATA frame whose `size` bytes the caller itself gives to the channel, right behind it.

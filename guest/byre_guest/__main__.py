@@ -3,6 +3,7 @@
     python3 -I -S -E -X utf8 agent.pyc    in the VM: PID 1 finds its channel itself
     python3 -m byre_guest --fd N          over an inherited socket, N
     python3 -m byre_guest --stdio         over stdin and stdout (SSH)
+    python3 -m byre_guest --serial DEVICE [BAUD]     over a serial line, for one host after the other
 
 As an ordinary program it ends with its channel, and everything that it started ends with it.  As PID 1 it goes on
 and takes the next connection; when it cannot go on, the VM ends, and the console says why.
@@ -169,6 +170,9 @@ class Agent:
             elif not self._quiescing:  # another one already: there will be no edge for it
                 self.server.connect(channel, None)
             return
+        if channel.renew():
+            self.server.connect(channel, None)
+            return
         self._channel = None
         channel.close()
         if self._dial is None:
@@ -230,8 +234,10 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         null = os.open(os.devnull, os.O_RDWR)
         os.dup2(null, 0)
         os.dup2(null, 1)
+    elif 2 <= len(arguments) <= 3 and arguments[0] == "--serial":
+        channel = _serial_channel(*arguments[1:])
     else:
-        sys.exit("usage: byre_guest --fd N | --stdio")
+        sys.exit("usage: byre_guest --fd N | --stdio | --serial DEVICE [BAUD]")
     own_descriptors()
     os.umask(0o022)
     agent = Agent()
@@ -242,6 +248,15 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     finally:
         agent.close()
     sys.exit(0)
+
+
+def _serial_channel(device: str, baud: str = "") -> Channel:
+    from . import serial_line  # here: what it and the line need costs the other channels nothing
+
+    try:
+        return serial_line.open_tty(device, baud)
+    except (OSError, ValueError) as error:
+        sys.exit(f"byre_guest: {error}")
 
 
 def own_descriptors() -> None:
@@ -266,6 +281,9 @@ def _run_init() -> NoReturn:
         if kind == "vsock":
             cid, _, port = address.partition(":")
             agent.dial(int(cid), int(port))
+        elif kind == "serial":
+            device, _, baud = address.partition(":")
+            agent.attach(_serial_channel(f"/dev/{device}", baud))
         else:
             agent.attach(channels.open_port())
         timeline.done("channel open")

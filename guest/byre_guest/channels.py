@@ -3,6 +3,7 @@
     fd             a socketpair, or stdin and stdout: ends with its EOF
     virtio-serial  the port named PORT_NAME: has no connections; read() == 0 means that no host is there now
     vsock          the agent dials the host, again after each end
+    serial         a line that has no connections and loses bytes: `serial_line`
 
 Rule: descriptors are non-blocking and edge-triggered.  A level-triggered epoll on a port without a host wakes up
 hundreds of thousands of times a second; so after each edge the channel is read until it has nothing more.
@@ -17,6 +18,7 @@ from itertools import islice
 from time import monotonic, sleep
 
 from byre_proto.deques import deque
+from byre_proto.limits import MAX_DATA
 
 from .loop import EPOLLET, EPOLLIN, EPOLLOUT
 
@@ -32,6 +34,9 @@ PORTS = "/sys/class/virtio-ports"
 
 #: Read at once: what a port's queue holds.
 READ_SIZE = 512 * 1024
+
+#: Taken from the session at once: a control frame waits behind no more than this.
+SEND_SIZE = 128 * 1024
 
 #: How long the port may take to appear after its driver was loaded; milliseconds, unless the host is overloaded.
 PORT_SECONDS = 10.0
@@ -56,8 +61,12 @@ ADDRESS_FILE = "/sys/firmware/qemu_fw_cfg/by_name/opt/byre/vsock/raw"
 class Channel:
     """Bytes in, bytes out; never blocks.  `read_fd` and `write_fd` may be the same.
 
-    `port` is True for a virtio-serial port, on which reading nothing is no end.
+    `port` is True for a virtio-serial port, on which reading nothing is no end.  `room` is what to take from the
+    session at once, `max_data` the largest DATA frame that suits the channel.
     """
+
+    room = SEND_SIZE
+    max_data = MAX_DATA
 
     def __init__(self, read_fd: int, write_fd: int, *, port: bool = False) -> None:
         self.read_fd = read_fd
@@ -121,7 +130,7 @@ class Channel:
             self.readable = False
             return None
         except OSError as error:
-            if error.errno not in (errno.ECONNRESET, errno.EPIPE, errno.ENODEV, errno.ENOTCONN):
+            if error.errno not in (errno.ECONNRESET, errno.EPIPE, errno.ENODEV, errno.ENOTCONN, errno.EIO):
                 raise
             return 0
 
@@ -170,6 +179,10 @@ class Channel:
         """Drop what was not written: it belongs to a connection that is over."""
         self._out.clear()
         self._want_room(self.port)
+
+    def renew(self) -> bool:
+        """After a connection is over: whether another one can begin here at once."""
+        return False
 
     def close(self) -> None:
         """No more of it."""

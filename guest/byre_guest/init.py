@@ -15,13 +15,14 @@ from . import linux
 
 CGROUPS = "/sys/fs/cgroup"
 
-#: The kernel argument that names the channel: `virtio-serial` (the default) or `vsock:CID:PORT`.
+#: The kernel argument that names the channel: `virtio-serial` (the default), `vsock:CID:PORT`, `serial:TTY[:BAUD]`.
 CHANNEL_ARGUMENT = "byre.channel="
 
 #: Modules by the kind of channel, besides what the initramfs has loaded.
 CHANNEL_MODULES: dict[str, tuple[str, ...]] = {
     "virtio-serial": (),
     "vsock": ("vmw_vsock_virtio_transport", "qemu_fw_cfg"),
+    "serial": (),  # Debian's kernel has the 16550's driver in it
 }
 
 
@@ -62,6 +63,8 @@ def channel_argument(command_line: str) -> str:
     kind, _, address = channel.partition(":")
     parts = address.split(":")
     if kind == "vsock" and len(parts) == 2 and all(part.isdigit() for part in parts):
+        return channel
+    if kind == "serial" and len(parts) <= 2 and parts[0].isalnum() and all(p.isdigit() for p in parts[1:]):
         return channel
     if channel != "virtio-serial":
         raise ValueError(f"the kernel argument {CHANNEL_ARGUMENT}{channel} names no channel")

@@ -135,7 +135,7 @@ class Process:
         self.exit: dict[str, Any] | None = None
         self.totals = [0, 0, 0]  # bytes of stdout and stderr; -1 until their end was seen
         self.master = -1
-        self.outputs: list[FromPipe] = []
+        self.outputs: dict[int, FromPipe] = {}
         self.input: ToPipe | None = None
         self.waiters: list[Call] = []
         self.starting: _Start | None = None
@@ -154,9 +154,14 @@ class Process:
 
     def close_streams(self) -> None:
         """Its input ends, its output pipes break, its terminal hangs up (SIGHUP)."""
-        for pump in [*self.outputs, self.input]:
+        for pump in [*self.outputs.values(), self.input]:
             if pump is not None:
                 pump.close()
+
+    def written(self, index: int) -> int:
+        """Bytes written to stdout (1) or stderr (2) until now, carried or not; -1 when nobody reads them."""
+        total, pump = self.totals[index], self.outputs.get(index)
+        return pump.written if total < 0 and pump is not None else total
 
 
 class Processes:
@@ -260,8 +265,8 @@ class Processes:
             if stdio.ours[index] >= 0 and stdio.ids[index]:
                 process.totals[index] = -1
                 ended = _output_ended(process, index)
-                process.outputs.append(
-                    FromPipe(pumps, stdio.ours[index], stdio.ids[index], ended, terminal=stdio.terminal)
+                process.outputs[index] = FromPipe(
+                    pumps, stdio.ours[index], stdio.ids[index], ended, terminal=stdio.terminal
                 )
         if stdio.ours[0] >= 0:
             at_eof = (lambda last: terminals.end_of_file(master, last)) if stdio.terminal else None
@@ -270,7 +275,7 @@ class Processes:
     # -- how they end --------------------------------------------------------------------------------------
 
     def _ended(self, process: Process, status: int) -> None:
-        for pump in list(process.outputs):
+        for pump in list(process.outputs.values()):
             pump.drain()
         self.loop.call_later(0, lambda: self.trees.ended(process.tree))  # the host hears of the exit first
         if process.starting is not None and not process.starting.ended():
@@ -288,14 +293,14 @@ class Processes:
         if process.released:
             del self.by_id[process.id]
             return
-        counts = {"stdout": process.totals[1], "stderr": process.totals[2]}
+        counts = {"stdout": process.written(1), "stderr": process.written(2)}
         self.emit("process.exit", {"process": process.id, **process.exit, **counts})
 
     def disconnected(self) -> None:
         """The host is gone: every process loses its streams and runs on."""
         self.pumps = None
         for process in self.by_id.values():
-            process.outputs, process.input, process.master = [], None, -1
+            process.outputs, process.input, process.master = {}, None, -1
 
     # -- what the host asks of them ------------------------------------------------------------------------
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import errno
 import os
-from fcntl import fcntl
+from fcntl import fcntl, ioctl
 
 from byre_proto import events, frames, limits
 from byre_proto.deques import deque
@@ -44,6 +44,9 @@ PIPES_BUDGET = 16 * 1024 * 1024
 
 #: fcntl(2); the fcntl module has a name for it from Python 3.10 on.
 F_SETPIPE_SZ = 1031
+
+#: ioctl_tty(2); of pipes as well.
+FIONREAD = 0x541B
 
 #: Read at once from a bulk stream.  All that its pipe holds carries no more, and a control frame waits twice as
 #: long.
@@ -176,7 +179,8 @@ class FromPipe:
         self._hung_up = False
         self._carried = 0
         self.bulk = False
-        self._settled = terminal  # whether it is bulk is not asked any more
+        #: Whether it is bulk is not asked any more.  Nothing is, where the channel's frames are small.
+        self._settled = terminal or pumps.channel.max_data < limits.MAX_DATA
         self._grown = 0
         os.set_blocking(fd, False)
         pumps.add(self)
@@ -258,6 +262,13 @@ class FromPipe:
         self._hung_up = True  # a short read no longer means that it is empty: the end may follow
         while self.step():
             pass
+
+    @property
+    def written(self) -> int:
+        """Bytes that were written to it until now, those that wait for credit in its pipe too; -1 after its end."""
+        return (
+            self._carried + int.from_bytes(ioctl(self._fd, FIONREAD, bytes(4)), "little") if self._fd >= 0 else -1
+        )
 
     def close(self) -> None:
         """Read no more; the process gets a broken pipe.  The stream ends as incomplete."""

@@ -34,9 +34,6 @@ if TYPE_CHECKING:
 
     Handler = Callable[["Call", dict[str, Any]], object]
 
-#: Taken from the session at once: a control frame waits behind no more than this.
-SEND_SIZE = 128 * 1024
-
 
 class Call:
     """A request in progress.  Answered once; what comes later is dropped, so a late answer is harmless (B44)."""
@@ -126,6 +123,7 @@ class Server:
         """Begin a fresh session over the channel, and greet the host at once."""
         self._channel = channel
         self._connection = Connection(first=False, name=f"byre-guest {VERSION}", secret=secret)
+        self.session.max_data = channel.max_data
         self._pumps = None
         self._ended = False
         self._end_round()
@@ -188,7 +186,7 @@ class Server:
         """Send what is queued, as far as the channel takes it; whether that was all."""
         try:
             while channel.flush():
-                buffers = connection.data_to_send(SEND_SIZE)
+                buffers = connection.data_to_send(channel.room)
                 if not buffers:
                     return True
                 channel.write(buffers)

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .parameters import ProcessParameters, Resources, UpdateResources
     from .process import GuestProcess
     from .run import DEVNULL, PIPE, STDOUT, CompletedProcess
+    from .serialhost import SerialHost
     from .vm import UtilityVM
 
 _MODULES = {
@@ -41,6 +42,7 @@ _MODULES = {
     "ProcessParameters": "parameters",
     "Resources": "parameters",
     "STDOUT": "run",
+    "SerialHost": "serialhost",
     "Stdio": "cow",
     "UpdateResources": "parameters",
     "UtilityVM": "vm",
@@ -66,6 +68,7 @@ __all__ = [
     "ProcessHost",
     "ProcessParameters",
     "Resources",
+    "SerialHost",
     "Stdio",
     "UpdateResources",
     "UtilityVM",

@@ -10,10 +10,13 @@ import asyncio
 import os
 import time
 import uuid
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .bridge import Bridge
+from .channel import Channel
 from .errors import BootFailed, BootTimeout, ByreError, ConnectionLost, DeadlineExceeded
+from .line_channel import LineChannel
 from .machines.speed import boot_speed_scale
 
 if TYPE_CHECKING:
@@ -116,7 +119,8 @@ def _shown(console: str) -> str:
 
 async def _open(machine: Machine, timeout: float) -> Bridge:
     sock = await machine.connect()
-    bridge = Bridge(sock, label=machine.id, secret=machine.secret)
+    channel = partial(LineChannel, noise=machine.on_noise) if machine.lossy else Channel
+    bridge = Bridge(sock, label=machine.id, secret=machine.secret, channel=channel)
 
     async def last_words() -> str:
         return str(await machine.wait())

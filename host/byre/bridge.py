@@ -19,7 +19,7 @@ from byre_proto import events
 from byre_proto.connection import Connection
 
 from .calls import Calls, Result
-from .channel import CLOSE_GRACE, SEND_BUFFER, WRITE_BATCH, Channel
+from .channel import CLOSE_GRACE, SEND_BUFFER, WRITE_BATCH, Channel, Owner
 from .errors import ByreError, ConnectionLost, DeadlineExceeded, NotSupported, StreamReset
 from .guestlog import GuestLog
 from .streams import BridgeReader, StreamTransport
@@ -45,11 +45,17 @@ class Bridge(Calls):
     """One connection to an agent or a keeper.  `label` names the VM in logs and errors.
 
     With `server` it is the other side, which is asked: each request, and each cancellation of one, is given to it,
-    to be answered once by `reply` or `refuse`.
+    to be answered once by `reply` or `refuse`.  `channel` is what the bytes of the socket pass through.
     """
 
     def __init__(
-        self, sock: socket.socket, *, label: str = "", secret: bytes | None = None, server: Server | None = None
+        self,
+        sock: socket.socket,
+        *,
+        label: str = "",
+        secret: bytes | None = None,
+        server: Server | None = None,
+        channel: Callable[[Owner], Channel] = Channel,
     ) -> None:
         super().__init__()
         self.label = label
@@ -60,6 +66,7 @@ class Bridge(Calls):
         self.explain: Callable[[], Awaitable[str]] | None = None
         self._sock = sock
         self._server = server
+        self._make_channel = channel
         self._connection = Connection(first=server is None, name="byre", secret=secret)
         self._channel: Channel | None = None
         self._opened: asyncio.Future[None] | None = None
@@ -80,7 +87,8 @@ class Bridge(Calls):
         loop = asyncio.get_running_loop()
         self._opened = loop.create_future()
         try:
-            channel = Channel(self)
+            channel = self._make_channel(self)
+            self.session.max_data = channel.max_data
             with contextlib.suppress(OSError):  # not every kind of socket has it
                 self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
             await loop.create_connection(lambda: channel, sock=self._sock)
@@ -208,10 +216,10 @@ class Bridge(Calls):
         if channel is None:
             return
         while not channel.paused:
-            frames = self._connection.data_to_send(WRITE_BATCH)
+            frames = self._connection.data_to_send(channel.room)
             if not frames:
                 break
-            channel.transport.writelines(frames)
+            channel.write(frames)
             while self._waiting and not self.congested:
                 writer = next(iter(self._waiting))
                 del self._waiting[writer]

@@ -6,7 +6,10 @@ Rule: bytes only.  What they mean is its owner's, who is told of bytes, of room 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterable
 from typing import Protocol
+
+from byre_proto.limits import MAX_DATA
 
 #: Read at once from the socket: a virtio-serial port is fastest in large reads, and memory is one buffer.
 READ_SIZE = 256 * 1024
@@ -34,21 +37,31 @@ class Owner(Protocol):
 
 
 class Channel(asyncio.BufferedProtocol):
-    """See the module."""
+    """See the module.  `room` is what to take from the session at once, `max_data` the DATA frames that suit it."""
 
     transport: asyncio.Transport
+    room = WRITE_BATCH
+    max_data = MAX_DATA
 
     def __init__(self, owner: Owner) -> None:
         self._owner = owner
         self._buffer = memoryview(bytearray(READ_SIZE))
         self._closed = asyncio.Event()
-        self.paused = False
+        self._full = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
         self.transport = transport
         transport.set_write_buffer_limits(high=WRITE_BATCH)
         self._owner.channel_made(self)
+
+    @property
+    def paused(self) -> bool:
+        """Nothing should be written before `channel_writable`."""
+        return self._full
+
+    def write(self, frames: Iterable[bytes]) -> None:
+        self.transport.writelines(frames)
 
     def get_buffer(self, sizehint: int) -> memoryview:
         return self._buffer
@@ -57,15 +70,15 @@ class Channel(asyncio.BufferedProtocol):
         self._owner.channel_received(self._buffer[:nbytes])
 
     def pause_writing(self) -> None:
-        self.paused = True
+        self._full = True
 
     def resume_writing(self) -> None:
-        self.paused = False
+        self._full = False
         self._owner.channel_writable()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._closed.set()
-        self.paused = True
+        self._full = True
         self._owner.channel_lost(exc)
 
     def end(self) -> None:

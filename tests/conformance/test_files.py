@@ -158,6 +158,8 @@ async def _write_without_end(files: Any, path: str) -> None:
 
 
 @pytest.mark.not_on("sync")
+@pytest.mark.not_on("serial")  # 128 MiB: an hour there; test_bytes_are_written_and_read shows the rest of it
+@pytest.mark.not_on("line")  # minutes there
 async def test_a_large_file_in_constant_memory(host: Any, there: str) -> None:
     size, piece, path = 64 * MIB, os.urandom(MIB), f"{there}/large"
     expected, before = hashlib.sha256(), resident(os.getpid())
@@ -252,6 +254,7 @@ def described(top: Path) -> dict[str, tuple[Any, ...]]:
     return found
 
 
+@pytest.mark.not_on("serial")  # some MiB, minutes there; test_single_files_and_where_they_go copies as well
 async def test_a_tree_goes_there_and_back(host: Any, there: str, tmp_path: Path) -> None:
     top = tmp_path / "tree"
     top.mkdir()
@@ -413,6 +416,7 @@ async def test_files_from_creation_to_deletion(vm: Any, busybox: str) -> None:
 
 
 @pytest.mark.vm
+@pytest.mark.not_on("serial")  # 2 MiB: a minute there; what ends is the container, whatever the channel
 async def test_a_deletion_ends_what_goes_on(vm: Any, busybox: str) -> None:
     async with await vm.create_container(image=busybox, args=["sleep", "infinity"]) as container:
         await container.start()
@@ -425,6 +429,7 @@ async def test_a_deletion_ends_what_goes_on(vm: Any, busybox: str) -> None:
 
 @pytest.mark.vm
 @pytest.mark.behaviour("B64")
+@pytest.mark.not_on("serial")  # 9 MiB: minutes there; what is full is the scratch, whatever the channel
 async def test_a_full_scratch_is_an_error_and_the_rest_goes_on(vm: Any, busybox: str) -> None:
     async with await vm.create_container(
         image=busybox, args=["sleep", "infinity"], scratch_bytes=4 * MIB

@@ -58,6 +58,7 @@ async def test_memory_is_bounded_while_one_side_writes_without_end(vm: Any) -> N
 
 @pytest.mark.vm
 @pytest.mark.behaviour("B3")
+@pytest.mark.not_on("serial")  # 24 MiB take minutes there; the test above shows the same
 async def test_a_thousand_unread_streams_beside_one_that_is_read(vm: Any) -> None:
     """500 processes of two streams each; every one fills what it is guaranteed, and none takes more."""
     before = resident(os.getpid()), await agent(vm)
@@ -87,6 +88,7 @@ async def test_many_processes_at_once_and_in_turn(host: Any) -> None:
 
 @pytest.mark.vm
 @pytest.mark.behaviour("B16")
+@pytest.mark.not_on("serial")  # minutes there; the test above shows the same
 @pytest.mark.timeout(300)
 async def test_a_thousand_in_turn_and_two_hundred_at_once_leave_nothing(vm: Any) -> None:
     for _ in range(20):

@@ -15,6 +15,7 @@ import pytest
 from byre.errors import TransportUnavailable
 from byre.transports.base import Transport
 from byre.transports.memory import MemoryTransport
+from byre.transports.serial import Serial
 from byre.transports.virtio_serial import VirtioSerial
 
 #: Opens the transport; gives the guest's end of its stream.
@@ -35,7 +36,14 @@ def open_virtio_serial() -> tuple[Transport, socket.socket]:
     return transport, socket.socket(fileno=wiring.handed[0])
 
 
-@pytest.fixture(params=[open_memory, open_virtio_serial])
+def open_serial() -> tuple[Transport, socket.socket]:
+    transport = Serial()
+    wiring = transport.open("device")
+    assert any(f"fd={wiring.handed[0]}" in argument for argument in wiring.arguments)
+    return transport, socket.socket(fileno=wiring.handed[0])
+
+
+@pytest.fixture(params=[open_memory, open_virtio_serial, open_serial])
 def pair(request: pytest.FixtureRequest) -> Iterator[tuple[Transport, socket.socket]]:
     before = set(os.listdir("/proc/self/fd"))
     transport, guest = request.param()
@@ -85,7 +93,7 @@ def test_closed_it_refuses_and_the_guest_sees_the_end(pair: tuple[Transport, soc
         asyncio.run(transport.connect())
 
 
-@pytest.mark.parametrize("kind", [MemoryTransport, VirtioSerial])
+@pytest.mark.parametrize("kind", [MemoryTransport, VirtioSerial, Serial])
 def test_before_it_is_open(kind: type[Transport]) -> None:
     transport = kind()
     assert kind.unavailable() is None

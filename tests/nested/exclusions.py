@@ -9,6 +9,7 @@ _SLOW = "hundreds of processes or layers take minutes where the owner's Python i
 _CLIENT = "about programs beside the VM (keeper, command line), which do not see what carries the bridge"
 _IMAGE = "about the guest image, booted by a QEMU of the test's own; no accelerator or transport plays a part"
 _LAYERS = "about an image's layers, which reach the guest in the same way on every accelerator"
+_SERIAL = "over the serial line, where a byte takes a millisecond"
 _THERE = "about what the other vehicle has not, and this one has"
 
 #: Beginning of an id -> reason.
@@ -22,6 +23,7 @@ EXCLUDED = {
     "tests/vm/test_cli.py": _CLIENT,
     "tests/vm/test_keeper.py": _CLIENT,
     "tests/vm/test_images.py": _LAYERS,
+    "tests/vm/test_serial.py": _SERIAL,
 }
 
 

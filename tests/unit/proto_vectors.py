@@ -29,6 +29,8 @@ from byre_proto.connection import RESUME, Connection
 from byre_proto.errors import BY_CODE, ByreError
 from byre_proto.session import Session
 
+from . import line_vectors
+
 DIRECTORY = Path(__file__).parents[2] / "bridge_proto" / "byre_proto" / "vectors"
 
 FIRST, SECOND, SESSION, SECRET = b"\x11" * 16, b"\x22" * 16, b"\x33" * 16, b"\x44" * 32
@@ -413,6 +415,7 @@ NEGATIVE = [
     bad("a negative level", message(LOG, "s", -1, "m", 0)),
 ]  # fmt: skip
 
+LINE_FILE = "line.json"
 FILES = {
     "handshake.json": HANDSHAKE,
     "calls.json": CALLS,
@@ -431,6 +434,7 @@ def render(vectors: list[Vector]) -> str:
 def main() -> None:
     for name, vectors in FILES.items():
         (DIRECTORY / name).write_text(render(vectors))
+    (DIRECTORY / LINE_FILE).write_text(line_vectors.render())
 
 
 if __name__ == "__main__":

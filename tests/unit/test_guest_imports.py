@@ -65,6 +65,12 @@ def test_containers_and_files_are_not_loaded_before_the_first_one() -> None:
     assert "byre_proto.records" not in modules
 
 
+def test_what_a_line_needs_costs_the_other_channels_nothing() -> None:
+    assert not {"byre_guest.serial_line", "byre_proto.line", "byre_proto.stuffing"} & loaded("byre_guest.__main__")
+    foreign = {name for name in loaded("byre_guest.serial_line") if not ours(name)}
+    assert foreign - BARE - ALLOWED == {"termios", "msgpack"}
+
+
 @pytest.mark.parametrize("module", ["containers", "storage", "runtime", "users", "stats", "files"])
 def test_the_parts_for_containers_and_files_keep_the_diet_too(module: str) -> None:
     foreign = {name for name in loaded(f"byre_guest.{module}") if not ours(name)}

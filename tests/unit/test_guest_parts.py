@@ -33,13 +33,30 @@ from .agent_client import BOOT, PATIENCE, AgentClient, alive, restlessness
         ("byre.channel=virtio-serial ro", "virtio-serial"),
         ("quiet byre.channel=vsock:2:1024", "vsock:2:1024"),
         ("byre.channel=virtio-serial byre.channel=vsock:2:7\n", "vsock:2:7"),
+        ("console=ttyS0 byre.channel=serial:ttyS1", "serial:ttyS1"),
+        ("byre.channel=serial:ttyUSB0:9600", "serial:ttyUSB0:9600"),
     ],
 )
 def test_the_command_line_names_the_channel(line: str, channel: str) -> None:
     assert init.channel_argument(line) == channel
 
 
-@pytest.mark.parametrize("value", ["", "vsock", "vsock:2", "vsock:a:b", "vsock:2:3:4", "serial", "virtio-serial:1"])
+@pytest.mark.parametrize(
+    "value",
+    [
+        "",
+        "vsock",
+        "vsock:2",
+        "vsock:a:b",
+        "vsock:2:3:4",
+        "serial",
+        "serial:",
+        "serial:../sda",
+        "serial:ttyS0:fast",
+        "serial:ttyS0:1:2",
+        "virtio-serial:1",
+    ],
+)
 def test_a_channel_that_there_is_not_is_an_error(value: str) -> None:
     with pytest.raises(ValueError, match="names no channel"):
         init.channel_argument(f"byre.channel={value}")

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from . import proto_vectors
-from .proto_vectors import DIRECTORY, FILES, Player
+from . import line_vectors, proto_vectors
+from .proto_vectors import DIRECTORY, FILES, LINE_FILE, Player
 
 HOW = "the wire changed: if that is meant, run  python -m tests.unit.proto_vectors  and say so in CHANGELOG.md"
 
@@ -21,12 +21,16 @@ VECTORS = [(name, vector) for name in FILES for vector in stored(name)]
 
 
 def test_the_directory_has_just_these_files() -> None:
-    assert {path.name for path in DIRECTORY.iterdir()} == {*FILES, "README.md"}
+    assert {path.name for path in DIRECTORY.iterdir()} == {*FILES, LINE_FILE, "README.md"}
 
 
 @pytest.mark.parametrize("name", FILES)
 def test_the_files_are_up_to_date(name: str) -> None:
     assert (DIRECTORY / name).read_text() == proto_vectors.render(FILES[name]), HOW
+
+
+def test_the_file_of_the_line_is_up_to_date() -> None:
+    assert (DIRECTORY / LINE_FILE).read_text() == line_vectors.render(), HOW
 
 
 @pytest.mark.parametrize("name, vector", VECTORS, ids=[f"{name}: {v['description']}" for name, v in VECTORS])

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from byre_proto import connection, frames, limits, messages, streams
+from byre_proto import connection, frames, limits, line, messages, streams, stuffing
 
 from .proto_document import PAYLOADS, TABLES, WIRE, section
-from .proto_vectors import FILES
+from .proto_vectors import FILES, LINE_FILE
 
 HOW = "run  python -m tests.unit.proto_document"
 DOCUMENT = WIRE.read_text()
@@ -40,8 +40,19 @@ def test_the_constants_in_its_text() -> None:
     assert "Reasons: 0 none, 1 cancelled, 2 closed, 3 the process is gone." in DOCUMENT
 
 
+def test_the_constants_in_the_text_about_lines() -> None:
+    assert f"at most {line.MAX_PAYLOAD} bytes" in DOCUMENT
+    assert f"At most {line.MAX_WINDOW} frames" in DOCUMENT
+    assert f"A nonce is {line.NONCE_SIZE} random bytes" in DOCUMENT
+    kinds = {"SYNC": line.SYNC, "SYNCED": line.SYNCED, "DATA": line.DATA, "ACK": line.ACK}
+    for name, kind in kinds.items():
+        assert f"| `{chr(kind)}` | {name} |" in DOCUMENT
+    assert set(stuffing.SPECIAL) == {0x7D, 0x7E, *range(0x20), 0x7F, 0xFF}
+    assert "00 to 1f, 7d, 7e, 7f and ff" in DOCUMENT
+
+
 def test_every_vector_file_is_in_it() -> None:
-    for name in FILES:
+    for name in (*FILES, LINE_FILE):
         assert f"| `{name}` |" in DOCUMENT
 
 

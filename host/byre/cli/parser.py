@@ -222,7 +222,12 @@ def _up(parser: Parser) -> None:
     add("--cpus", type=int, metavar="N", help="processors of the VM")
     add("--accelerator", choices=("auto", "kvm", "tcg"), default="auto", help="require one (%(default)s)")
     add("--machine", choices=("auto", "microvm", "pc", "q35"), default="auto", help="require one (%(default)s)")
-    add("--transport", choices=("auto", "virtio-serial", "vsock"), default="auto", help="require one (%(default)s)")
+    add(
+        "--transport",
+        choices=("auto", "virtio-serial", "vsock", "serial"),
+        default="auto",
+        help="require one (%(default)s)",
+    )
     add("--timeout", type=_positive_float, metavar="SECONDS", help="time to boot; by default what this host needs")
     _template_mode(parser)
 

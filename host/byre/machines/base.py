@@ -85,6 +85,15 @@ class Machine(abc.ABC):
         """What host and agent prove to each other that they know; None on a channel no other can reach."""
         return None
 
+    @property
+    def lossy(self) -> bool:
+        """Whether the channel may lose or change bytes, or carries others in between: a serial line."""
+        return False
+
+    def on_noise(self, data: bytes) -> None:
+        """Bytes of a lossy channel that were not the agent's: where the console is on the same line, its text."""
+        self._console.feed(data)
+
     async def wait(self) -> MachineExit:
         """Wait for the end.  Any number of tasks may, and each can be cancelled alone."""
         await self._ended.wait()

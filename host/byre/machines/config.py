@@ -22,7 +22,7 @@ MAX_COMMAND_LINE = 2048
 
 ACCELERATORS = ("auto", "kvm", "tcg")
 MACHINES = ("auto", "microvm", "pc", "q35")
-TRANSPORTS = ("auto", "virtio-serial", "vsock")
+TRANSPORTS = ("auto", "virtio-serial", "vsock", "serial")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -31,6 +31,8 @@ class Transport(abc.ABC):
     """The channel of one machine."""
 
     name: ClassVar[str]
+    #: Whether bytes may be lost or changed on the way, so that the line protocol is needed above it.
+    lossy: ClassVar[bool] = False
 
     @classmethod
     @abc.abstractmethod

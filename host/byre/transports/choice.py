@@ -1,17 +1,19 @@
 """Which transport a machine gets, and why.
 
-Rule: vsock where the host's kernel can carry it for a KVM guest, else virtio-serial, which is always there.  What
-is asked for by name is given or refused, never replaced.
+Rule: vsock where the host's kernel can carry it for a KVM guest, else virtio-serial, which is always there.  A
+serial line is a thousand times slower, and only taken when asked for.  What is asked for by name is given or
+refused, never replaced.
 """
 
 from __future__ import annotations
 
 from byre.errors import TransportUnavailable
 from byre.transports.base import Transport
+from byre.transports.serial import Serial
 from byre.transports.virtio_serial import VirtioSerial
 from byre.transports.vsock import Vsock
 
-_BY_NAME: dict[str, type[Transport]] = {VirtioSerial.name: VirtioSerial, Vsock.name: Vsock}
+_BY_NAME: dict[str, type[Transport]] = {kind.name: kind for kind in (VirtioSerial, Vsock, Serial)}
 
 
 def choose_transport(wanted: str, accelerator: str) -> tuple[Transport, str]:
