@@ -172,6 +172,7 @@ class Agent:
             return
         if channel.renew():
             self.server.connect(channel, None)
+            self._quiet()  # a clone's host begins anew on the line
             return
         self._channel = None
         channel.close()

@@ -63,6 +63,10 @@ class Serial(Transport):
             raise TransportUnavailable("the serial port is closed")
         return self._host.dup()
 
+    def hang_up(self) -> None:
+        """Nobody reads the line any more; the agent goes on greeting, and a clone's host hears it."""
+        self.close()
+
     def close(self) -> None:
         if self._host is not None:
             self._host.close()
