@@ -16,7 +16,7 @@ from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any
 
 from byre_proto import events
-from byre_proto.connection import Connection
+from byre_proto.connection import ChannelEnded, Connection
 
 from .calls import Calls, Result
 from .channel import CLOSE_GRACE, SEND_BUFFER, WRITE_BATCH, Channel, Owner
@@ -293,8 +293,9 @@ class Bridge(Calls):
 
     def _on_closed(self, event: events.Closed) -> None:
         error = event.error
-        if error is not None and self._opened is not None and not self._opened.done():
-            self._opened.set_exception(error)
+        if self._opened is not None and not self._opened.done():
+            if error is not None and not isinstance(error, ChannelEnded):  # that is a loss like any other
+                self._opened.set_exception(error)
         self._flush()
         self._lose(error, str(error) if error else "the guest's agent closed the connection")
 

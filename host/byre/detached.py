@@ -20,7 +20,7 @@ from byre_proto.errors import from_wire, printable
 
 from . import errors, rundir
 from .bridge import Bridge
-from .errors import ByreError, ConnectionLost, DeadlineExceeded, MachineFailed, PermissionRefused
+from .errors import ByreError, ConnectionLost, DeadlineExceeded, MachineFailed, PermissionRefused, VMNotFound
 from .owner import DiskPlace, Owner
 
 if TYPE_CHECKING:
@@ -124,7 +124,10 @@ async def attach(name: str = DEFAULT, timeout: float = ATTACH_TIMEOUT) -> tuple[
     keeper_pid = _peer(sock)
     sock.setblocking(False)
     bridge = Bridge(sock, label=name)
-    await bridge.open(timeout)
+    try:
+        await bridge.open(timeout)
+    except ConnectionLost as error:
+        raise VMNotFound(f"no VM named {name!r} is up: its keeper ended as it was asked") from error
     try:
         return KeeperClient(name, keeper_pid, bridge), bridge
     except BaseException:

@@ -7,6 +7,7 @@ import json
 import os
 import select
 import signal
+import socket
 import stat
 import time
 from collections.abc import Awaitable, Callable
@@ -182,6 +183,22 @@ def test_a_killed_keeper_ends_its_clients_calls_and_its_name_is_taken_over() -> 
         assert rundir.names() == ["a"] and not rundir.is_up("a")
         assert await start() != pid  # the stale directory is no obstacle
         await detached.end("a")
+
+    run(test)
+
+
+def test_a_client_in_the_queue_of_a_keeper_that_ends_finds_no_vm() -> None:
+    async def test() -> None:
+        claim = rundir.claim("a")
+        with socket.socket(socket.AF_UNIX) as listening:
+            listening.bind(os.fspath(claim.run.socket))
+            listening.listen()
+            attaching = asyncio.create_task(detached.attach("a"))
+            await asyncio.sleep(0)
+            listening.close()
+            with pytest.raises(VMNotFound, match="as it was asked"):
+                await attaching
+        claim.release()
 
     run(test)
 

@@ -159,6 +159,7 @@ class Machine(abc.ABC):
         """Stop it and write the state of all but its memory to the file `state`, which is made or replaced.
 
         It must have been made with a `memory_file`, and must never run again: it would write into every clone.
+        `connect` is refused from then on.
         """
         raise NotSupported("machines of this kind cannot be saved")
 

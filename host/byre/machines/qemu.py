@@ -209,6 +209,8 @@ class QemuMachine(Machine):
             self._qmp.send_fd(file.fileno())
             await self._qmp.execute("getfd", {"fdname": _STATE})
             await self._migration.save(_STATE)
+        assert self._transport is not None, "it runs"
+        self._transport.close()  # nobody will answer any more
 
     async def shutdown(self, timeout: float) -> None:
         try:
