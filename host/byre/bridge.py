@@ -293,9 +293,9 @@ class Bridge(Calls):
 
     def _on_closed(self, event: events.Closed) -> None:
         error = event.error
-        if self._opened is not None and not self._opened.done():
-            if error is not None and not isinstance(error, ChannelEnded):  # that is a loss like any other
-                self._opened.set_exception(error)
+        opened = None if isinstance(error, ChannelEnded) else self._opened  # that is a loss like any other
+        if error is not None and opened is not None and not opened.done():
+            opened.set_exception(error)
         self._flush()
         self._lose(error, str(error) if error else "the guest's agent closed the connection")
 
