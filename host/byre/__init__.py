@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .files import Files
     from .local import LocalHost
     from .parameters import ProcessParameters, Resources, UpdateResources
+    from .pool import Pool, PoolStats
     from .process import GuestProcess
     from .run import DEVNULL, PIPE, STDOUT, CompletedProcess
     from .serialhost import SerialHost
@@ -37,6 +38,8 @@ _MODULES = {
     "GuestProcess": "process",
     "LocalHost": "local",
     "PIPE": "run",
+    "Pool": "pool",
+    "PoolStats": "pool",
     "Process": "cow",
     "ProcessHost": "cow",
     "ProcessParameters": "parameters",
@@ -64,6 +67,8 @@ __all__ = [
     "GuestContainer",
     "GuestProcess",
     "LocalHost",
+    "Pool",
+    "PoolStats",
     "Process",
     "ProcessHost",
     "ProcessParameters",

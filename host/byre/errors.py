@@ -142,6 +142,24 @@ class RegistryRefused(RegistryFailed, PermissionError):
     code = "registry-refused"
 
 
+class PoolClosed(ByreError):
+    """The pool was closed, or not yet opened."""
+
+    code = "pool-closed"
+
+
+class PoolQueueFull(ResourceExhausted):
+    """As many wait for a VM of the pool as may."""
+
+    code = "pool-queue-full"
+
+
+class PoolTimeout(ByreError, TimeoutError):
+    """No VM of the pool could be had in time; ``data["lacking"]`` is "memory", "cpus" or "vm"."""
+
+    code = "pool-timeout"
+
+
 class VMNotFound(ByreError, LookupError):
     """No detached VM has this name."""
 
@@ -182,6 +200,9 @@ __all__ = [
     "PathNotFound",
     "PathRefused",
     "PermissionRefused",
+    "PoolClosed",
+    "PoolQueueFull",
+    "PoolTimeout",
     "ProcessNotFound",
     "ProcessRunning",
     "ProgramNotExecutable",

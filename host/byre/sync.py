@@ -23,7 +23,7 @@ from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Self, TypeVar
 
-from . import cow, file_operation, file_streams, files, health, local, vm
+from . import cow, file_operation, file_streams, files, health, local, pool, vm
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer, WriteableBuffer
@@ -233,6 +233,21 @@ class LocalHost(Facade):
         self._target._sync_facade = self
 
 
+class Pool(Facade):
+    """A `byre.Pool`, with the same arguments; threads may acquire at once."""
+
+    def __init__(self, **options: Any) -> None:
+        self._target = _loop.run(_in_loop(pool.Pool, (), options))
+        self._target._sync_facade = self
+
+
+class Lease(Facade):
+    """What `Pool.acquire` gives: ``with pool.acquire() as vm``."""
+
+    def __enter__(self) -> Any:
+        return _call(self._target.__aenter__)
+
+
 def pull_image(name: str, **options: Any) -> images.Image:
     """`byre.images.pull`."""
     from . import images
@@ -320,6 +335,8 @@ _FACADES: tuple[tuple[type, type[Facade]], ...] = (
     (files.Files, Files),
     (file_streams.FileReader, FileReader),
     (file_streams.FileWriter, FileWriter),
+    (pool.Pool, Pool),
+    (pool.Lease, Lease),
 )
 
 

@@ -170,9 +170,9 @@ class UtilityVM(GuestProcessHost):
         """End the VM, and all in it; by force after `timeout` seconds.  Harmless when repeated (B51)."""
         await self._end("the VM was shut down", lambda owner: owner.shutdown(timeout))
 
-    async def terminate(self) -> None:
-        """End the VM now.  Harmless when repeated (B51)."""
-        await self._end("the VM was terminated", lambda owner: owner.kill())
+    async def terminate(self, reason: str = "the VM was terminated") -> None:
+        """End the VM now; whatever still waits hears the reason.  Harmless when repeated (B51)."""
+        await self._end(reason, lambda owner: owner.kill())
 
     async def close(self) -> None:
         """This program is done with it: ours ends, a keeper's goes on.  Harmless when repeated."""
