@@ -449,6 +449,14 @@ MUTATIONS = (
         (f"{HOST}::test_cancelling_a_boot_leaves_no_machine",),
     ),
     Mutation(
+        "B41",
+        "a pool that is left does not wait for the ends of its VMs",
+        "host/byre/pool.py",
+        "await asyncio.wait({self._filling, *(member.task for member in self._members)})",
+        "await asyncio.wait({self._filling})",
+        ("tests/unit/test_pool.py::test_left_at_any_moment_of_the_filling_nothing_is_left",),
+    ),
+    Mutation(
         "B42",
         "a peer on a line that began anew is taken for the old one",
         "bridge_proto/byre_proto/line.py",

@@ -249,7 +249,7 @@ class Pool:
         if member.outcome:
             self._add(member.outcome)
         error = None if member.task.cancelled() else member.task.exception()
-        if isinstance(error, Exception) and member.state == STARTING:
+        if isinstance(error, Exception) and not member.was_ready:
             self._start_failed(error)
         elif error is not None:
             logger.error("! pool: the VM %s could not be ended: %r", member.vm.id, error)

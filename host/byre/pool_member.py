@@ -24,6 +24,11 @@ logger = logging.getLogger(__name__)
 
 STARTING, READY, IN_USE, ENDING = "starting", "ready", "in use", "ending"
 
+#: Run in a VM before it is ready: so it can run something, and under emulation the first command is the slowest one
+#: by far, because what it needs is translated then.
+TRIAL = ("true",)
+TRIAL_TIMEOUT = 60.0
+
 #: Seconds in which a VM must give a sign of life before it is handed out: a loaded guest takes some milliseconds.
 CHECK_TIMEOUT = 5.0
 
@@ -37,6 +42,7 @@ class Member:
     ) -> None:
         self.vm = vm
         self.state = STARTING
+        self.was_ready = False
         self.outcome = ""
         self._max_idle = max_idle
         self._max_lifetime = max_lifetime
@@ -74,11 +80,13 @@ class Member:
         self._changed(self)
 
     async def _live(self) -> None:
-        """Raises what starting it raised; the state is "starting" then."""
+        """Raises what starting it raised."""
         await self.vm.start()
         begin = asyncio.get_running_loop().time()
         why = "its pool was closed"
         try:
+            await self.vm.run(TRIAL, timeout=TRIAL_TIMEOUT)
+            self.was_ready = True
             self._become(READY)
             why = await self._stand_ready() or await self._serve(begin + self._max_lifetime)
         finally:

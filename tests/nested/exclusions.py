@@ -6,7 +6,7 @@ The key begins a test's id, as `record.plain` gives it: without the name of its 
 from __future__ import annotations
 
 _SLOW = "hundreds of processes or layers take minutes where the owner's Python is itself emulated"
-_CLIENT = "about programs beside the VM (keeper, command line), which do not see what carries the bridge"
+_CLIENT = "about programs beside the VM (keeper, command line, pytest), which do not see what carries the bridge"
 _IMAGE = "about the guest image, booted by a QEMU of the test's own; no accelerator or transport plays a part"
 _LAYERS = "about an image's layers, which reach the guest in the same way on every accelerator"
 _SERIAL = "over the serial line, where a byte takes a millisecond"
@@ -20,9 +20,12 @@ EXCLUDED = {
     "tests/image/": _IMAGE,
     "tests/vm/test_bad_input.py::test_an_accelerator_that_is_required_and_not_there": _THERE,
     "tests/vm/test_bad_input.py::test_a_transport_that_is_required_and_not_there": _THERE,
+    "tests/vm/test_ci_recipe.py": _CLIENT,
     "tests/vm/test_cli.py": _CLIENT,
     "tests/vm/test_keeper.py": _CLIENT,
     "tests/vm/test_images.py": _LAYERS,
+    "tests/vm/test_pytest_plugin.py": _CLIENT,
+    "tests/vm/test_sandbox_service.py": _CLIENT,
     "tests/vm/test_serial.py": _SERIAL,
 }
 

@@ -27,7 +27,15 @@ ROOT = Path(__file__).resolve().parents[2]
 #: Directories of the source tree that the tests use.
 SOURCES = ("host", "guest", "bridge_proto", "images", "tests", "examples", "pyproject.toml", "README.md")
 #: The distributions that the tests import; what they require comes with them.
-DISTRIBUTIONS = ("pytest", "pytest-asyncio", "pytest-timeout", "qemu.qmp", "msgpack")
+DISTRIBUTIONS = (
+    "pytest",
+    "pytest-asyncio",
+    "pytest-timeout",
+    "pytest-xdist",
+    "prometheus-client",
+    "qemu.qmp",
+    "msgpack",
+)
 # Below the disk's root.
 TREE, LIBRARIES, CACHE, BUSYBOX_COPY = "tree", "site-packages", "cache", "busybox"
 

@@ -26,6 +26,8 @@ def test_the_wheel_holds_the_four_packages_and_nothing_else(tmp_path: Path) -> N
     assert {name for name in top if not name.endswith(".dist-info")} == packages
     for package in packages:
         assert f"{package}/py.typed" in names
+    (entry_points,) = (name for name in names if name.endswith(".dist-info/entry_points.txt"))
+    assert "[pytest11]\nbyre = byre.pytest_plugin" in zipfile.ZipFile(wheel).read(entry_points).decode()
     assert "byre_proto/WIRE.md" in names, "another implementation needs the specification"
     assert "byre_images/init.c" in names, "the guest image cannot be built without it"
 

@@ -12,15 +12,26 @@ import pytest
 
 from byre import Pool, UtilityVM, capacity, errors, health, pool, pool_member, sync
 from byre.admission import EMULATOR_MIB
+from byre.testing import FakeProcess, Handler
 from tests.unit.test_vm_host import MemoryVM, Played, forever, silent_but_open
 
 SOON = 10.0
 
 
+def played(handlers: dict[str, Handler] | None = None) -> Played:
+    guest = Played(handlers)
+    guest.commands.update(true=true, sleep=forever)
+    return guest
+
+
+async def true(_: FakeProcess) -> int:
+    return 0
+
+
 class MemoryPool(Pool):
     """A Pool of VMs of memory; `guests` makes the next one's guest, and its machines are kept in `vms`."""
 
-    def __init__(self, guests: Callable[[], Any] = Played, **options: Any) -> None:
+    def __init__(self, guests: Callable[[], Any] = played, **options: Any) -> None:
         self.vms: list[MemoryVM] = []
         self.guests = guests
         super().__init__(**{"max_cpus": 100, "timeout": SOON, **options})
@@ -258,12 +269,7 @@ async def test_a_vm_that_nobody_takes_is_replaced() -> None:
 
 
 async def test_a_vm_in_use_is_ended_after_its_lifetime_and_its_holder_told() -> None:
-    def guest() -> Played:
-        played = Played()
-        played.commands["sleep"] = forever
-        return played
-
-    async with MemoryPool(guest, size=1, max_idle=0.05, max_lifetime=0.1) as pool, pool.acquire() as vm:
+    async with MemoryPool(size=1, max_idle=0.05, max_lifetime=0.1) as pool, pool.acquire() as vm:
         with pytest.raises(errors.ConnectionLost, match="live for more than"):
             await asyncio.wait_for(vm.run(["sleep"]), SOON)
 
@@ -284,7 +290,7 @@ class Broken:
                 raise errors.StorageFailed("the image is broken", file="root")
             return {"info": {}}
 
-        return Played({"system.configure": refuse})
+        return played({"system.configure": refuse})
 
 
 @pytest.fixture
@@ -352,6 +358,18 @@ async def test_a_deadline_tells_of_the_start_that_failed(monkeypatch: pytest.Mon
         assert isinstance(caught.value.__cause__, errors.StorageFailed)
 
 
+async def test_a_vm_that_runs_nothing_is_not_ready_and_ends(quick: None) -> None:
+    def refuse(_: Any) -> Any:
+        raise errors.StartFailed("nothing runs here")
+
+    async with MemoryPool(lambda: played({"process.create": refuse}), size=1) as pool:
+        with pytest.raises(errors.StartFailed):
+            async with pool.acquire():
+                pass
+        assert pool.stats().started == 0
+    assert pool.alive == []
+
+
 async def test_an_error_that_is_not_ours_is_told_too(quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
     async def fail(self: Any, progress: Any) -> Any:
         raise RuntimeError("no such thing")
@@ -382,7 +400,7 @@ async def test_closing_ends_those_in_use_and_turns_away_who_waits() -> None:
 
 @pytest.mark.behaviour("B41")
 @pytest.mark.parametrize("turns", [0, 1, 2, 5, 20, 60])
-@pytest.mark.parametrize("guests", [Played, lambda: silent_but_open], ids=["answers", "silent"])
+@pytest.mark.parametrize("guests", [played, lambda: silent_but_open], ids=["answers", "silent"])
 async def test_left_at_any_moment_of_the_filling_nothing_is_left(turns: int, guests: Any) -> None:
     async with MemoryPool(guests, size=3) as pool:
         for _ in range(turns):
