@@ -6,7 +6,7 @@ import argparse
 import asyncio
 import sys
 
-from . import boot, clone, container, execs, layers, ping, serial, stdio
+from . import boot, clone, container, execs, layers, ping, pool, serial, stdio
 
 BENCHMARKS = {
     "boot": boot.run,
@@ -19,6 +19,7 @@ BENCHMARKS = {
     "stdio": stdio.run,
     "layers": layers.run,
     "ping": ping.run,
+    "pool": pool.run,
     "serial": serial.run,
 }
 

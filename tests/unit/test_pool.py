@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import random
 import threading
 from collections.abc import AsyncIterator, Callable
 from typing import Any
@@ -441,6 +442,39 @@ async def test_an_acquirer_who_is_cancelled_keeps_nothing(turns: int) -> None:
         if task.cancelled():
             async with pool.acquire():  # the only processor is free again
                 pass
+
+
+@pytest.mark.parametrize("seed", range(5))
+async def test_whatever_acquirers_and_vms_do_each_vm_has_one_user_and_none_is_lost(seed: int, quick: None) -> None:
+    """Acquirers that give up or are cancelled at any moment, and VMs that die at any moment."""
+    chance = random.Random(seed)
+    used: list[str] = []
+
+    async def use() -> None:
+        starts = errors.ConnectionLost, errors.BootFailed  # of those that were killed while they started
+        with contextlib.suppress(errors.PoolTimeout, errors.PoolQueueFull, *starts):
+            async with pool.acquire(timeout=chance.choice((0.001, 0.01, SOON))) as vm:
+                used.append(vm.id)
+                await asyncio.sleep(chance.choice((0, 0, 0.002)))
+
+    async with MemoryPool(size=3, max_cpus=4, max_waiting=20) as pool:
+        tasks = []
+        for _ in range(150):
+            tasks.append(asyncio.create_task(use()))
+            for _ in range(chance.choice((0, 1, 5, 20))):
+                await asyncio.sleep(0)
+            if chance.random() < 0.2:
+                chance.choice(tasks).cancel()
+            if pool.alive and chance.random() < 0.05:
+                chance.choice(pool.alive).machine.die("killed")
+        done = await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), SOON)
+        assert {type(outcome) for outcome in done if outcome} <= {asyncio.CancelledError}
+        await pool.wait_full()
+        stats = pool.stats()
+        assert (stats.in_use, stats.waiting, stats.ready) == (0, 0, 3)
+        assert stats.handed_out >= len(used) > 5
+        assert len(pool.alive) == 3
+    assert len(set(used)) == len(used)
 
 
 # -- without async -----------------------------------------------------------------------------------------
