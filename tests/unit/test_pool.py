@@ -13,6 +13,7 @@ import pytest
 
 from byre import Pool, UtilityVM, capacity, errors, health, pool, pool_member, sync
 from byre.admission import EMULATOR_MIB
+from byre.machines.memory import MemoryMachine
 from byre.testing import FakeProcess, Handler
 from tests.unit.test_vm_host import MemoryVM, Played, forever, silent_but_open
 
@@ -224,7 +225,7 @@ async def test_a_vm_that_dies_while_it_is_ready_is_replaced() -> None:
         await pool.wait_full()
         dead = pool.started[0]
         dead.machine.die("killed")
-        await until(pool, lambda: pool.stats().replaced == 1)
+        await until(pool, lambda: pool.stats().replaced >= 1)
         await pool.wait_full()
         async with pool.acquire() as one, pool.acquire() as other:
             assert dead not in (one, other)
@@ -232,19 +233,19 @@ async def test_a_vm_that_dies_while_it_is_ready_is_replaced() -> None:
 
 async def test_a_vm_that_falls_silent_while_it_is_ready_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(health, "INTERVAL", 0.01)
-    monkeypatch.setattr(health, "PATIENCE", 0.05)
+    monkeypatch.setattr(health, "PATIENCE", 0.5)
     async with MemoryPool(size=1) as pool:
         await pool.wait_full()
         silent = pool.started[0]
         silence(silent)
-        await until(pool, lambda: pool.stats().replaced == 1)
+        await until(pool, lambda: pool.stats().replaced >= 1)
         assert silent not in pool.alive
         async with pool.acquire() as vm:
             assert vm is not silent
 
 
 async def test_a_vm_that_does_not_answer_is_not_handed_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pool_member, "CHECK_TIMEOUT", 0.05)
+    monkeypatch.setattr(pool_member, "CHECK_TIMEOUT", 0.5)
     async with MemoryPool(size=2) as pool:
         await pool.wait_full()
         silent = pool.started[0]
@@ -264,7 +265,7 @@ async def test_a_vm_that_nobody_takes_is_replaced() -> None:
     async with MemoryPool(size=1, max_idle=0.05) as pool:
         await pool.wait_full()
         old = pool.started[0]
-        await until(pool, lambda: pool.stats().expired == 1)
+        await until(pool, lambda: pool.stats().expired >= 1)
         await until(pool, lambda: old not in pool.alive)
         await pool.wait_full()
 
@@ -321,7 +322,8 @@ async def test_who_waits_for_vms_that_cannot_start_is_told_why(quick: None) -> N
                 await asyncio.wait_for(call(), 0.01)
         broken.failures = 0
         await until(pool, lambda: pool.stats().ready == 2)  # it went on trying
-        await acquire()
+        async with pool.acquire(), pool.acquire(), pool.acquire():  # the third one waits again
+            pass
         assert pool.stats().failed >= 3
 
 
@@ -352,7 +354,7 @@ async def test_the_pause_between_starts_that_fail_grows_to_a_limit(monkeypatch: 
 async def test_a_deadline_tells_of_the_start_that_failed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pool, "BACKOFF_FIRST", 60.0)
     async with MemoryPool(Broken(1), size=1) as one:
-        await until(one, lambda: one.stats().failed == 1)
+        await until(one, lambda: one.stats().failed >= 1)
         with pytest.raises(errors.PoolTimeout, match="the image is broken") as caught:
             async with one.acquire(timeout=0.02):
                 pass
@@ -410,16 +412,22 @@ async def test_left_at_any_moment_of_the_filling_nothing_is_left(turns: int, gue
     assert pool.stats().ready + pool.stats().starting + pool.stats().in_use == 0
 
 
-@pytest.mark.parametrize("turns", [0, 1, 2, 3, 5])
-async def test_the_end_goes_on_when_it_is_cancelled(turns: int) -> None:
+@pytest.mark.parametrize("turns", [0, 1, 2, 5, 10])
+async def test_the_end_goes_on_when_it_is_cancelled(turns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def kill(self: MemoryMachine) -> None:
+        for _ in range(20):  # an emulator takes its time to end
+            await asyncio.sleep(0)
+        self.die("killed")
+
+    monkeypatch.setattr(MemoryMachine, "kill", kill)
     pool = MemoryPool(size=2)
 
     async def use() -> None:
-        async with pool, pool.acquire():
-            pass
+        async with pool:
+            await pool.wait_full()
 
     task = asyncio.create_task(use())
-    while not pool.stats().handed_out:
+    while pool._draining is None:
         await asyncio.sleep(0)
     for _ in range(turns):
         await asyncio.sleep(0)
@@ -444,6 +452,39 @@ async def test_an_acquirer_who_is_cancelled_keeps_nothing(turns: int) -> None:
                 pass
 
 
+async def test_a_vm_that_comes_at_the_moment_of_the_cancellation_is_given_back() -> None:
+    async with MemoryPool(size=1, max_cpus=1) as pool:
+        first = await pool._take(SOON)
+        waiting = asyncio.create_task(pool._take(SOON))
+        while not pool.stats().waiting:
+            await asyncio.sleep(0)
+        first.give_back()
+        while pool.stats().waiting:
+            await asyncio.sleep(0)
+        waiting.cancel()  # it has its VM, and has not run since
+        await asyncio.wait({waiting})
+        async with pool.acquire():
+            pass
+
+
+async def test_who_was_given_a_vm_that_is_no_good_is_served_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool_member, "CHECK_TIMEOUT", 0.5)
+    order: list[str] = []
+
+    async def use(name: str) -> None:
+        async with pool.acquire():
+            order.append(name)
+
+    async with MemoryPool(size=1, max_cpus=1) as pool:
+        await pool.wait_full()
+        silence(pool.started[0])
+        first = asyncio.create_task(use("first"))
+        while not pool.stats().in_use:
+            await asyncio.sleep(0)
+        await asyncio.wait_for(asyncio.gather(first, use("second")), SOON)
+    assert order == ["first", "second"]
+
+
 @pytest.mark.parametrize("seed", range(5))
 async def test_whatever_acquirers_and_vms_do_each_vm_has_one_user_and_none_is_lost(seed: int, quick: None) -> None:
     """Acquirers that give up or are cancelled at any moment, and VMs that die at any moment."""
@@ -451,8 +492,7 @@ async def test_whatever_acquirers_and_vms_do_each_vm_has_one_user_and_none_is_lo
     used: list[str] = []
 
     async def use() -> None:
-        starts = errors.ConnectionLost, errors.BootFailed  # of those that were killed while they started
-        with contextlib.suppress(errors.PoolTimeout, errors.PoolQueueFull, *starts):
+        with contextlib.suppress(errors.PoolTimeout, errors.PoolQueueFull):
             async with pool.acquire(timeout=chance.choice((0.001, 0.01, SOON))) as vm:
                 used.append(vm.id)
                 await asyncio.sleep(chance.choice((0, 0, 0.002)))
@@ -465,8 +505,9 @@ async def test_whatever_acquirers_and_vms_do_each_vm_has_one_user_and_none_is_lo
                 await asyncio.sleep(0)
             if chance.random() < 0.2:
                 chance.choice(tasks).cancel()
-            if pool.alive and chance.random() < 0.05:
-                chance.choice(pool.alive).machine.die("killed")
+            started = [member.vm for member in pool._members if member.was_ready]
+            if started and chance.random() < 0.05:
+                chance.choice(started).machine.die("killed")  # type: ignore[attr-defined]
         done = await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), SOON)
         assert {type(outcome) for outcome in done if outcome} <= {asyncio.CancelledError}
         await pool.wait_full()

@@ -50,7 +50,7 @@ async def test_a_vm_that_died_or_hangs_while_it_was_ready_is_not_handed_out(
             for vm in (one, other):
                 assert vm.machine_pid != bad
                 assert (await vm.run(["true"], timeout=SOON)).returncode == 0
-        await until(lambda: vms.stats().replaced == 1)
+        await until(lambda: vms.stats().replaced >= 1)
         await until(lambda: bad not in qemus_of(os.getpid()))
 
 
@@ -61,7 +61,7 @@ async def test_a_vm_that_hangs_is_replaced_before_anybody_asks(monkeypatch: pyte
         await vms.wait_full()
         bad = next(iter(vms._members)).vm.machine_pid
         os.kill(bad, signal.SIGSTOP)
-        await until(lambda: vms.stats().replaced == 1)
+        await until(lambda: vms.stats().replaced >= 1)
         await until(lambda: bad not in qemus_of(os.getpid()))
         await vms.wait_full()
 
