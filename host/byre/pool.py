@@ -175,7 +175,8 @@ class Pool:
     async def _take(self, timeout: float) -> Member:
         self._check_open()
         if self._next() is None:
-            self._check_working()
+            if not self._count(READY):
+                self._check_working()
             if len(self._queue) >= self._max_waiting:
                 self._add("refused")
                 raise PoolQueueFull(f"{self._max_waiting} wait for a VM already", hint="try again later")
@@ -264,7 +265,7 @@ class Pool:
         pause = min(BACKOFF_LIMIT, BACKOFF_FIRST * 2 ** (min(self._failures, 16) - 1))
         self._retry_at = asyncio.get_running_loop().time() + pause
         logger.warning("! pool: a VM did not start, the next one in %g s: %s", pause, error)
-        if self._failures >= FAILURES:
+        if self._failures >= FAILURES and not self._count(READY):
             self._queue.turn_away(error)
 
     # -- filling and draining ------------------------------------------------------------------------------

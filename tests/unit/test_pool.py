@@ -327,6 +327,22 @@ async def test_who_waits_for_vms_that_cannot_start_is_told_why(quick: None) -> N
         assert pool.stats().failed >= 3
 
 
+async def test_while_a_vm_is_ready_starts_that_fail_are_nobodys_concern(quick: None) -> None:
+    broken = Broken(0)
+    async with MemoryPool(broken, size=2, max_cpus=1) as one:
+        await one.wait_full()
+        broken.failures = float("inf")
+        async with one.acquire():
+            early = asyncio.create_task(one.acquire().__aenter__())
+            await until(one, lambda: one.stats().failed > pool.FAILURES)
+            late = asyncio.create_task(one.acquire().__aenter__())
+            while one.stats().waiting < 2:
+                await asyncio.sleep(0)
+        await asyncio.wait_for(early, SOON)
+        with pytest.raises(errors.StorageFailed):  # the last one that was ready is taken
+            await asyncio.wait_for(late, SOON)
+
+
 async def test_one_start_that_fails_is_nobodys_concern(quick: None) -> None:
     async with MemoryPool(Broken(1), size=1) as pool, pool.acquire() as vm:
         await vm.run(["echo"], capture_output=True)
