@@ -112,7 +112,7 @@ async def one(
         await asyncio.wait({working}, timeout=WORK)
         found += judge(working, strike)
         if not found and strike.follows in (HARMS, NOTHING):
-            found += await settled(vm, usual[phase.__name__])
+            found += await settled(vm, usual[phase.__name__], working.exception())
     finally:
         working.cancel()
         await asyncio.wait({working}, timeout=GRACE)
@@ -143,7 +143,7 @@ def judge(working: asyncio.Task[None], strike: Strike) -> list[tuple[str, str]]:
     return [("wrong", "".join(traceback.format_exception(error)))]
 
 
-async def settled(vm: byre.UtilityVM, usual: list[str]) -> list[tuple[str, str]]:
+async def settled(vm: byre.UtilityVM, usual: list[str], error: BaseException | None) -> list[tuple[str, str]]:
     """What a VM that lives on has more than it should, after some time; or that it does not live on."""
     now = asyncio.get_running_loop().time
     deadline = now() + SETTLE
@@ -156,7 +156,11 @@ async def settled(vm: byre.UtilityVM, usual: list[str]) -> list[tuple[str, str]]
         if not more:
             return []
         if now() > deadline:
-            return [("leftover", ", ".join(more[:SHOWN]) + f" ({len(more)} in all)")]
+            made = [(each["id"], each["state"]) for each in await vm.containers()]
+            what = (
+                f"{', '.join(more[:SHOWN])} ({len(more)} in all); containers: {made}; the work ended with {error!r}"
+            )
+            return [("leftover", what)]
         await asyncio.sleep(0.3)
 
 

@@ -88,16 +88,14 @@ async def files(world: World) -> None:
 
 async def containers(world: World) -> None:
     """A container is made, runs, and is removed."""
-    making = world.vm.create_container(image=world.image, args=["sh", "-c", "exit 7"])
-    async with world.using(making) as container:
+    async with world.container("sh", "-c", "exit 7") as container:
         await world.call(container.start())
         expect_status(world, await world.call(container.wait()), 7)
 
 
 async def execs(world: World) -> None:
     """Commands run in a container whose init does nothing."""
-    making = world.vm.create_container(image=world.image, args=["sleep", "1000"])
-    async with world.using(making) as container:
+    async with world.container("sleep", "1000") as container:
         await world.call(container.start())
         for code in (3, 4):
             command = container.run(["sh", "-c", f"exit {code}"], timeout=world.deadline)

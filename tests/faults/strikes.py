@@ -135,8 +135,9 @@ done; :
 """
 
 _NO_DESCRIPTORS = (
-    "import resource as r, time; old = r.prlimit(1, r.RLIMIT_NOFILE); "
-    "r.prlimit(1, r.RLIMIT_NOFILE, (3, old[1])); time.sleep(0.5); r.prlimit(1, r.RLIMIT_NOFILE, old)"
+    "import os, resource as r, time; old = r.prlimit(1, r.RLIMIT_NOFILE); "
+    'last = max(map(int, os.listdir("/proc/1/fd"))); '
+    "r.prlimit(1, r.RLIMIT_NOFILE, (last + 1, old[1])); time.sleep(0.5); r.prlimit(1, r.RLIMIT_NOFILE, old)"
 )
 
 

@@ -78,6 +78,15 @@ class World:
         finally:
             await self.call(made.__aexit__(*sys.exc_info()), CLOSING)
 
+    @asynccontextmanager
+    async def container(self, *args: str) -> AsyncIterator[byre.GuestContainer]:
+        """A container that is left as soon as that can be done."""
+        made = await self.call(self.vm.create_container(image=self.image, args=args))
+        try:
+            yield made
+        finally:
+            await self.call(self.again(lambda: made.__aexit__(*sys.exc_info())), CLOSING)
+
     async def another(self) -> byre.UtilityVM:
         """A VM of the phase's own, that is yet to begin."""
         return byre.UtilityVM(**self.options, boot_timeout=self.deadline)
