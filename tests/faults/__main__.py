@@ -51,8 +51,8 @@ Usual = dict[str, list[str]]
 async def main(rounds: int, seed: int, only: str) -> int:
     options = machine_options()
     image = f"oci:{busybox_layout()}"
-    pairs = [(phase, strike) for phase in PHASES for strike in STRIKES if only in strike.name]
-    random.Random(seed).shuffle(pairs)
+    strikes = [strike for strike in STRIKES if only in strike.name]
+    pairs = in_turn(list(PHASES), strikes, random.Random(seed))
     counts: Counter[tuple[str, str]] = Counter()
     bad: Counter[str] = Counter()
     async with byre.UtilityVM(**options) as bystander:
@@ -79,6 +79,14 @@ async def main(rounds: int, seed: int, only: str) -> int:
     table(counts)
     print(f"rounds={rounds} " + " ".join(f"{verdict}={bad[verdict]}" for verdict in VERDICTS))
     return 1 if bad.total() else 0
+
+
+def in_turn(phases: list[Phase], strikes: list[Strike], chance: random.Random) -> list[tuple[Phase, Strike]]:
+    """All pairs, and every strike and every phase as early as can be."""
+    chance.shuffle(phases)
+    chance.shuffle(strikes)
+    lines = range(len(phases))
+    return [(phases[(line + row) % len(phases)], strike) for line in lines for row, strike in enumerate(strikes)]
 
 
 async def undisturbed(phase: Phase, image: str, options: dict[str, object]) -> list[str]:

@@ -5,7 +5,7 @@ The key begins a test's id, as `record.plain` gives it: without the name of its 
 
 from __future__ import annotations
 
-_SLOW = "hundreds of processes or layers take minutes where the owner's Python is itself emulated"
+_SLOW = "hundreds of processes, or tens of VMs, take minutes where the owner's Python is itself emulated"
 _CLIENT = "about programs beside the VM (keeper, command line), which do not see what carries the bridge"
 _IMAGE = "about the guest image, booted by a QEMU of the test's own; no accelerator or transport plays a part"
 _LAYERS = "about an image's layers, which reach the guest in the same way on every accelerator"
@@ -22,6 +22,7 @@ EXCLUDED = {
     "tests/vm/test_bad_input.py::test_a_transport_that_is_required_and_not_there": _THERE,
     "tests/vm/test_cli.py": _CLIENT,
     "tests/vm/test_keeper.py": _CLIENT,
+    "tests/vm/test_faults.py": _SLOW,
     "tests/vm/test_images.py": _LAYERS,
     "tests/vm/test_serial.py": _SERIAL,
 }
