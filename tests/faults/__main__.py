@@ -55,6 +55,8 @@ async def main(rounds: int, seed: int, only: str) -> int:
     pairs = in_turn(list(PHASES), strikes, random.Random(seed))
     counts: Counter[tuple[str, str]] = Counter()
     bad: Counter[str] = Counter()
+    unheard: list[str] = []  # errors that nobody took
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: unheard.append(str(context)))
     async with byre.UtilityVM(**options) as bystander:
         usual = {}
         for phase in PHASES:
@@ -70,6 +72,8 @@ async def main(rounds: int, seed: int, only: str) -> int:
                     await bystander.run(["true"], check=True)
             except Exception as error:
                 found.append(("lost", f"the bystander: {error!r}"))
+            found += [("wrong", text) for text in unheard]
+            unheard.clear()
             for verdict in {verdict for verdict, _ in found}:
                 bad[verdict] += 1
             for verdict, text in found:
