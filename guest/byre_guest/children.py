@@ -238,7 +238,10 @@ def command(
     child's own and not captured (b"" then).  The program must be on the VM's own root: the loop stands still
     until it has been loaded.  Raises `StartFailed`.
     """
-    pipes = _Pipes(stdin, stdout, stderr)
+    try:
+        pipes = _Pipes(stdin, stdout, stderr)
+    except OSError as error:
+        raise StartFailed(f"{argv[0]}: {error.strerror}", errno=error.errno) from error
     try:
         pid = os.posix_spawn(
             argv[0],
@@ -278,6 +281,14 @@ class _Pipes:
         self.ours = [-1, -1, -1]
         self.theirs: list[int] = []
         self._to_close: list[int] = []
+        try:
+            self._make(stdin, stdout, stderr)
+        except OSError:
+            self.close_ours()
+            self.close_theirs()
+            raise
+
+    def _make(self, stdin: bytes | int, stdout: int | None, stderr: int | None) -> None:
         if isinstance(stdin, int):
             self.theirs.append(stdin)
         elif not stdin:

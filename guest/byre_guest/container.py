@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from time import time_ns
 
-from byre_proto.errors import ByreError, ContainerNotReady, RuntimeFailed
+from byre_proto.errors import ByreError, ContainerNotReady, RuntimeFailed, StartFailed
 
 from . import bundle, cgroups, children, runtime
 from .inits import UNASKED, Init
@@ -41,6 +41,9 @@ if TYPE_CHECKING:
 
 #: To make or remove mounts and directories, in seconds; milliseconds when all is well.
 STORAGE_TIMEOUT = 60.0
+
+#: Until what could not be taken away, for want of descriptors or memory, is tried again, in seconds.
+AGAIN_SECONDS = 0.5
 
 #: For killed processes to be gone.  One that a device or a file system holds may never go; the exit is then
 #: reported all the same.
@@ -104,9 +107,13 @@ class Container:
         def prepared(process: dict[str, Any] | None, error: ByreError | None) -> None:
             failure = given_up[0] if given_up else error
             if failure is None and process is not None:
-                self._created(process)
-                call.reply({})
-                return
+                try:
+                    self._created(process)
+                    call.reply({})
+                    return
+                except OSError as problem:
+                    self._watches.close()
+                    failure = RuntimeFailed(f"container {self.id} cannot be watched: {problem}")
             reason = failure or RuntimeFailed(f"container {self.id} was not prepared")
             self._remove(lambda _error: call.fail(reason))
 
@@ -295,7 +302,10 @@ class Container:
     def _dispose_now(self) -> None:
         if self.init is None and self.failure is None:  # the runtime has never heard of it
             self._remove(self._deleted)
-            return
+        else:
+            self._take_away(self._have_forgotten)
+
+    def _have_forgotten(self) -> None:
         crun = runtime.Call(self.owner.loop, self.owner.reaper, self.id, self.owner.processes.reserve())
 
         def forgotten(error: ByreError | None) -> None:
@@ -314,7 +324,15 @@ class Container:
             self.owner.forget(self)
             done(error)
 
-        self._in_child(lambda: bundle.teardown(self.id), removed)
+        self._take_away(lambda: self._in_child(lambda: bundle.teardown(self.id), removed))
+
+    def _take_away(self, step: Callable[[], object]) -> None:
+        """Begin a step of taking it away; again later while there are no descriptors or no memory for it."""
+        try:
+            step()
+        except (OSError, StartFailed) as error:
+            self.owner.log(30, f"container {self.id} cannot be removed yet: {error}")
+            self.owner.loop.call_later(AGAIN_SECONDS, lambda: self._take_away(step))
 
     def _deleted(self, error: ByreError | None) -> None:
         for call in self._deletions:

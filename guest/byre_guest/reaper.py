@@ -10,6 +10,7 @@ of an exit may signal the pid.  The status of a child that nobody watches (yet) 
 
 from __future__ import annotations
 
+import errno
 import os
 from time import monotonic
 
@@ -70,9 +71,18 @@ class Reaper:
             self._loop.call_soon(lambda: done(status))
             return
         self._kept.pop(pid, None)  # of an earlier process with this number
-        pidfd = os.pidfd_open(pid)
-        self._watched[pid] = (pidfd, done)
+        self._watched[pid] = (self._open(pid), done)
+
+    def _open(self, pid: int) -> int:
+        """The child's pidfd, in the loop; -1 when the agent can open no more: then SIGCHLD tells of its end."""
+        try:
+            pidfd = os.pidfd_open(pid)
+        except OSError as error:
+            if error.errno not in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
+                raise
+            return -1
         self._loop.add(pidfd, EPOLLIN, lambda _mask: self._collect(pid))
+        return pidfd
 
     @property
     def idle(self) -> bool:
@@ -80,13 +90,12 @@ class Reaper:
         return not self._watched
 
     def signal(self, pid: int, number: int) -> bool:
-        """Signal a watched child; False when it has ended (B7).  By its pidfd, so it meets no other process."""
+        """Signal a watched child; False when it has ended (B7).  By the module's rule it meets no other process."""
         self.sweep()
-        watched = self._watched.get(pid)
-        if watched is None:
+        if pid not in self._watched:
             return False
         try:
-            signals.pidfd_send_signal(watched[0], number)
+            os.kill(pid, number)
         except ProcessLookupError:
             return False
         return True
@@ -120,8 +129,9 @@ class Reaper:
             self._keep(pid, status)
             return
         pidfd, done = watched
-        self._loop.remove(pidfd)
-        os.close(pidfd)
+        if pidfd >= 0:
+            self._loop.remove(pidfd)
+            os.close(pidfd)
         done(status)
 
     def _keep(self, pid: int, status: int) -> None:

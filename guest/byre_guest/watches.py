@@ -36,8 +36,8 @@ class Watches:
             os.pread(fd, SIZE, 0)
             changed()
 
-        self._loop.add(fd, EPOLLPRI, on_event)
         self._fds.append(fd)
+        self._loop.add(fd, EPOLLPRI, on_event)
 
     def close(self) -> None:
         """Watch no more.  Harmless when repeated."""

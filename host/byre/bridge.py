@@ -232,6 +232,7 @@ class Bridge(Calls):
         self._flush()
 
     def channel_received(self, data: memoryview) -> None:
+        self.heard()
         self._connection.receive_data(data)
         self._dispatch()
 

@@ -27,7 +27,14 @@ _log = logging.getLogger(__name__)
 CALL_TIMEOUT = 120.0
 
 #: How long a cancelled call waits for the guest's verdict, in seconds (B15).  The tidying goes on after it.
-CANCEL_GRACE = 5.0
+CANCEL_GRACE = 4.0
+
+#: How long taking something back is awaited that takes several calls, in seconds, while the guest says anything at
+#: all.  A guest that is silent has CANCEL_GRACE for all of it, so that no call is overdue by much more.
+TIDY_GRACE = 15.0
+
+#: It is asked to say something when taking back takes longer than this, in seconds.
+ASK_AFTER = 0.5
 
 T = TypeVar("T")
 Result = dict[str, Any]
@@ -48,6 +55,7 @@ class Calls(abc.ABC):
         self._calls: dict[int, _Call] = {}
         self._pings: dict[int, asyncio.Future[None]] = {}
         self._next_ping = 1
+        self._silent_since: float | None = None
         self._tasks: set[asyncio.Task[Any]] = set()
 
     @property
@@ -143,14 +151,35 @@ class Calls(abc.ABC):
             self.flush_soon()
         return await self.finish(self._settle(future, undo), CANCEL_GRACE)
 
-    async def finish(self, tidying: Coroutine[Any, Any, T], timeout: float = 3 * CANCEL_GRACE) -> T | None:
+    async def finish(self, tidying: Coroutine[Any, Any, T], timeout: float = TIDY_GRACE) -> T | None:
         """Await `tidying`, which goes on when the awaiting task is cancelled (again), or after `timeout` seconds.
 
-        Returns its result, None when it takes longer.
+        Returns its result, None when it takes longer, or when the guest has been silent for CANCEL_GRACE since it
+        was first asked for a sign of life: of several that are awaited one after the other, once.
         """
         task = self.background(tidying)
-        done, _ = await asyncio.wait((task,), timeout=timeout)
-        return task.result() if done else None
+        now = asyncio.get_running_loop().time
+        end = now() + timeout
+        if self._silent_since is None:
+            await asyncio.wait((task,), timeout=min(timeout, ASK_AFTER))
+        while not task.done():
+            until = end if self.lost is not None else min(end, self._ask_for_a_sign() + CANCEL_GRACE)
+            if now() >= until:
+                return None
+            await asyncio.wait((task,), timeout=until - now())
+        return task.result()
+
+    def _ask_for_a_sign(self) -> float:
+        """Since when the guest has been silent although it was asked to answer at once."""
+        if self._silent_since is None:
+            self._silent_since = asyncio.get_running_loop().time()
+            self.session.ping(0)  # nobody's: any word will do
+            self.flush_soon()
+        return self._silent_since
+
+    def heard(self) -> None:
+        """The guest has said something."""
+        self._silent_since = None
 
     async def _settle(
         self, future: asyncio.Future[Result], undo: Callable[[Result], Awaitable[object]] | None

@@ -47,9 +47,8 @@ class Layers:
                 task.cancel()
             if tasks:
                 await asyncio.wait(tasks)
-            await self.release(
-                [p for p, t in zip(paths, tasks, strict=True) if not t.cancelled() and t.exception() is None]
-            )
+            ours = [p for p, t in zip(paths, tasks, strict=True) if not t.cancelled() and t.exception() is None]
+            await self._bridge.finish(self.release(ours))
             raise
 
     def keep(self, paths: Sequence[Path]) -> None:

@@ -5,7 +5,7 @@ The key begins a test's id, as `record.plain` gives it: without the name of its 
 
 from __future__ import annotations
 
-_SLOW = "hundreds of processes or layers take minutes where the owner's Python is itself emulated"
+_SLOW = "hundreds of processes, or tens of VMs, take minutes where the owner's Python is itself emulated"
 _CLIENT = "about programs beside the VM (keeper, command line, pytest), which do not see what carries the bridge"
 _IMAGE = "about the guest image, booted by a QEMU of the test's own; no accelerator or transport plays a part"
 _LAYERS = "about an image's layers, which reach the guest in the same way on every accelerator"
@@ -23,6 +23,7 @@ EXCLUDED = {
     "tests/vm/test_ci_recipe.py": _CLIENT,
     "tests/vm/test_cli.py": _CLIENT,
     "tests/vm/test_keeper.py": _CLIENT,
+    "tests/vm/test_faults.py": _SLOW,
     "tests/vm/test_images.py": _LAYERS,
     "tests/vm/test_pytest_plugin.py": _CLIENT,
     "tests/vm/test_sandbox_service.py": _CLIENT,

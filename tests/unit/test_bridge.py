@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from byre import bridge as bridge_module
+from byre import calls
 from byre.bridge import Bridge
 from byre.errors import (
     ByreError,
@@ -156,6 +157,26 @@ async def test_a_cancelled_call_that_did_nothing_is_not_undone() -> None:
 
 
 @pytest.mark.behaviour("B15", "B42")
+async def test_a_guest_that_is_silent_is_not_waited_for_with_all_that_is_to_be_taken_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(calls, "CANCEL_GRACE", 0.1)
+    async with connected() as (bridge, guest), asyncio.timeout(SOON):
+        channel = guest.bridge._channel
+        assert channel is not None
+        channel.transport.pause_reading()
+        for _ in range(3):
+            assert await bridge.finish(asyncio.Event().wait(), 1000) is None
+
+
+async def test_a_guest_that_speaks_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calls, "CANCEL_GRACE", 0.5)
+    monkeypatch.setattr(calls, "ASK_AFTER", 0.1)
+    async with connected() as (bridge, _):
+        assert await bridge.finish(asyncio.sleep(1, "done"), SOON) == "done"
+        assert await bridge.finish(asyncio.sleep(SOON), 0.2) is None
+
+
 async def test_a_cancelled_call_whose_guest_dies_is_over() -> None:
     undone, error = await cancelled(lambda guest, call: guest.bridge.fail("died"))
     assert undone == []

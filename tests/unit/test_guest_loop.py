@@ -248,3 +248,34 @@ os.kill(os.getpid(), {int(number)})
 loop.run()
 """)
     assert lines == [str(int(number))]
+
+
+def test_a_child_whose_pidfd_cannot_be_opened_is_waited_for_all_the_same() -> None:
+    lines = run("""
+import errno
+def refuse(pid, flags=0): raise OSError(errno.EMFILE, "too many open files")
+os.pidfd_open = refuse
+wanted = 2
+children.run(loop, reaper, lambda: 7, 10, answer)
+children.command(loop, reaper, ["/bin/sleep", "100"], 100, answer).cancel()
+loop.run()
+print(sorted(str(values[0]) for values in answers))
+""")
+    assert lines == ["['-9', '7']"]
+
+
+def test_a_command_for_which_there_are_no_descriptors_leaves_none() -> None:
+    lines = run("""
+import resource
+soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+highest = max(map(int, os.listdir("/proc/self/fd")))  # of the listing itself, and free again
+for more in range(5):
+    resource.setrlimit(resource.RLIMIT_NOFILE, (highest + more, hard))
+    try:
+        children.command(loop, reaper, ["/bin/true"], 10, answer, stdin=b"x")
+        print("started")
+    except StartFailed as error:
+        print(error)
+resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+""")
+    assert lines == ["/bin/true: Too many open files"] * 5

@@ -1,0 +1,42 @@
+"""What a VM, and the process of its emulator, can reach: read from the kernel, not from the command line."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.vm
+
+
+async def test_the_vm_has_no_network_but_itself(vm: Any) -> None:
+    done = await vm.run(["ls", "/sys/class/net"], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["lo"]
+
+
+async def test_the_emulator_is_confined_by_seccomp_and_gains_no_privileges(vm: Any) -> None:
+    for task in Path(f"/proc/{vm.machine_pid}/task").iterdir():
+        status = (task / "status").read_text()
+        assert "Seccomp:\t2" in status
+        assert "NoNewPrivs:\t1" in status
+
+
+async def test_the_emulator_writes_to_no_file_but_the_template_and_holds_no_network_socket(vm: Any) -> None:
+    inodes = set()
+    for entry in Path(f"/proc/{vm.machine_pid}/fd").iterdir():
+        target = os.readlink(entry)
+        if target.startswith("socket:["):
+            inodes.add(target[len("socket:[") : -1])
+        flags = int(
+            Path(f"/proc/{vm.machine_pid}/fdinfo/{entry.name}").read_text().split("flags:")[1].split()[0], 8
+        )
+        if target.startswith("/") and not target.startswith("/dev/") and flags & os.O_ACCMODE != os.O_RDONLY:
+            assert target.endswith("/memory"), target  # QEMU 7.2: SPECIFICATION.md, S27
+    for family in ("tcp", "tcp6", "udp", "udp6", "raw", "raw6", "packet"):
+        table = Path(f"/proc/{vm.machine_pid}/net/{family}")
+        used = (
+            {word for line in table.read_text().splitlines() for word in line.split()} if table.exists() else set()
+        )
+        assert not inodes & used, family
