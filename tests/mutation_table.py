@@ -11,6 +11,9 @@ from typing import NamedTuple
 PROCESS = "tests/conformance/test_process.py"
 CONTAINER = "tests/conformance/test_container.py"
 FILES = "tests/conformance/test_files.py"
+PORTS = "tests/conformance/test_ports.py"
+VM_PORTS = "tests/vm/test_ports.py"
+UNIT_PORTS = "tests/unit/test_ports.py"
 VM = "tests/vm/test_vm.py"
 CLONES = "tests/vm/test_clones.py"
 HOST = "tests/unit/test_vm_host.py"
@@ -754,8 +757,8 @@ MUTATIONS = (
         "B65",
         "a container's files are those of the VM",
         "guest/byre_guest/files.py",
-        'root = rootfs.open_root(f"/proc/{pid}/root")',
-        'root = rootfs.open_root("/")',
+        "return rootfs.open_root_of(pid, PIDFD)",
+        'return rootfs.open_root("/")',
         (f"{FILES}::test_links_in_a_container_never_lead_out_of_it",),
         "vm",
     ),
@@ -774,5 +777,93 @@ MUTATIONS = (
         'if any(part in ("", ".", "..") for part in parts) or "\\0" in name:',
         "if False:",
         ("tests/unit/test_transfer.py",),
+    ),
+    Mutation(
+        "B1",
+        "half-close of a connection ends both directions",
+        "guest/byre_guest/connections.py",
+        "_shutdown(self._fd, _socket.SHUT_WR)",
+        "_shutdown(self._fd, _socket.SHUT_RDWR)",
+        (f"{PORTS}::test_half_close_by_this_side_first",),
+    ),
+    Mutation(
+        "B3",
+        "a forward does not wait for a client that does not read",
+        "host/byre/ports/splice.py",
+        "                await sink.writer.drain()\n",
+        "",
+        (f"{PORTS}::test_a_client_that_does_not_read_holds_little_here",),
+    ),
+    Mutation(
+        "B15",
+        "giving a connection up is told to nobody",
+        "host/byre/ports/connection.py",
+        "        super().abort()\n        self._stop_reading()",
+        "        self._stop_reading()",
+        (
+            f"{PORTS}::test_giving_up_here_is_a_reset_there",
+            f"{UNIT_PORTS}::test_a_connection_whose_opening_was_cancelled_leaves_nothing",
+        ),
+    ),
+    Mutation(
+        "B16",
+        "one direction of a forwarded connection stays open",
+        "host/byre/ports/splice.py",
+        "            end.writer.close()\n",
+        "            pass\n",
+        (f"{PORTS}::test_nothing_stays_of_a_thousand_connections",),
+    ),
+    Mutation(
+        "B30",
+        "a container's ports are those of the VM",
+        "guest/byre_guest/addresses.py",
+        "            linux.setns(pidfd, linux.CLONE_NEWNET)\n",
+        "",
+        (f"{VM_PORTS}::test_a_container_has_ports_of_its_own",),
+        "vm",
+    ),
+    Mutation(
+        "B42",
+        "a connection that was reset ends in good order",
+        "guest/byre_guest/pumps.py",
+        "        except OSError:  # of a socket: what follows is lost\n            self.close()",
+        "        except OSError:  # of a socket: what follows is lost\n            self._at_end()",
+        (
+            f"{PORTS}::test_a_reset_there_is_not_an_end",
+            f"{PORTS}::test_resets_pass_a_forward_both_ways",
+        ),
+    ),
+    Mutation(
+        "B42",
+        "a forward outlives its VM",
+        "host/byre/ports/forward.py",
+        "                await self._bridge.wait_lost()\n",
+        "                await asyncio.Event().wait()\n",
+        (f"{UNIT_PORTS}::test_the_loss_of_the_agent_is_no_end_of_a_connection",),
+    ),
+    Mutation(
+        "B43",
+        "a client's listeners outlive it",
+        "host/byre/relay.py",
+        "        for listener in client.listeners:\n",
+        "        for listener in ():\n",
+        (f"{UNIT_PORTS}::test_what_a_client_had_of_sockets_ends_with_it",),
+    ),
+    Mutation(
+        "B47",
+        "a connect to a UNIX socket is waited for in the agent's loop",
+        "guest/byre_guest/errands.py",
+        "in_child, timeout, ended, keep=keep)",
+        "(ended(in_child(), None), int)[1], timeout, print, keep=keep)",
+        (f"{UNIT_PORTS}::test_listeners_that_do_not_accept_hold_a_few_helpers_for_their_deadline",),
+    ),
+    Mutation(
+        "B65",
+        "the path of a container's socket is one of the VM",
+        "guest/byre_guest/addresses.py",
+        "        return rootfs.open_root_of(pid, pidfd)\n",
+        '        return rootfs.open_root("/")\n',
+        (f"{VM_PORTS}::test_no_link_leads_a_path_out_of_its_container",),
+        "vm",
     ),
 )

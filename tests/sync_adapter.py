@@ -60,6 +60,47 @@ class _Writer:
             await self._last
 
 
+class _SyncConnection:
+    """A connection of `byre.sync`."""
+
+    def __init__(self, connection: byre.sync.Connection) -> None:
+        self._connection = connection
+        reader, writer = connection
+        self.reader, self.writer = _Reader(reader), _Writer(writer)
+
+    def __iter__(self) -> Any:
+        return iter((self.reader, self.writer))
+
+    async def write_eof(self) -> None:
+        await self.writer.drain()
+        await _blocking(self._connection.write_eof)
+
+    async def close(self) -> None:
+        await _blocking(self._connection.close)
+
+    async def abort(self) -> None:
+        await _blocking(self._connection.abort)
+
+
+class _SyncPort:
+    """A forward or an exposure of `byre.sync`."""
+
+    def __init__(self, port: Any) -> None:
+        self._port = port
+
+    async def __aenter__(self) -> _SyncPort:
+        await _blocking(self._port.__enter__)
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await _blocking(self._port.__exit__, kind, error, trace)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._port, name)
+
+
 class _Stdio(NamedTuple):
     stdin: _Writer | None
     stdout: _Reader | None
@@ -158,6 +199,18 @@ class SyncHost:
 
     async def run(self, *arguments: Any, **options: Any) -> Any:
         return await _blocking(self._host.run, *arguments, **options)
+
+    async def connect(self, *arguments: Any, **options: Any) -> _SyncConnection:
+        return _SyncConnection(await _blocking(self._host.connect, *arguments, **options))
+
+    async def wait_for_port(self, *arguments: Any, **options: Any) -> None:
+        await _blocking(self._host.wait_for_port, *arguments, **options)
+
+    def forward(self, *arguments: Any, **options: Any) -> _SyncPort:
+        return _SyncPort(self._host.forward(*arguments, **options))
+
+    def expose(self, *arguments: Any, **options: Any) -> _SyncPort:
+        return _SyncPort(self._host.expose(*arguments, **options))
 
     async def __aenter__(self) -> SyncHost:
         await _blocking(self._host.__enter__)

@@ -208,6 +208,24 @@ class ReadOnlyFiles(FileFailed):
     code = "read-only"
 
 
+class SocketFailed(ByreError, OSError):
+    """A socket could not be made, bound or connected; ``data["errno"]`` has the kernel's number."""
+
+    code = "socket-failed"
+
+
+class AddressInUse(SocketFailed):
+    """Somebody else listens at this address, or something else has this path."""
+
+    code = "address-in-use"
+
+
+class ConnectionRefused(SocketFailed, ConnectionRefusedError):
+    """Nobody listens at this address."""
+
+    code = "connection-refused"
+
+
 def _table() -> dict[str, type[ByreError]]:
     found: dict[str, type[ByreError]] = {}
     todo: list[type[ByreError]] = [ByreError]

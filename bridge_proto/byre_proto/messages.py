@@ -41,6 +41,9 @@ _PROCESS = {
     "oci": ("any", None),
 }
 
+#: Where a socket is; `path` "" is TCP.
+_ADDRESS = {"host": ("str", "127.0.0.1"), "port": ("int", 0), "path": ("str", "")}
+
 #: How a process or a container ended.  `code` is 128+n for a death by signal n (B8), `signal` is n or 0; the byte
 #: counts are what the agent read from the process's stdout and stderr, -1 while a stream is still open.
 _EXIT = {"code": ("int",), "signal": ("int",), "oom": ("bool", False)}
@@ -90,6 +93,19 @@ METHODS: dict[str, tuple[dict[str, tuple[Any, ...]], dict[str, tuple[Any, ...]]]
         },
         {"process": ("int",), "pid": ("int",)},
     ),
+    # A connection of the agent, where `container` says, on two streams; without streams it is only tried.  An
+    # address is a `host` as a number with its `port`, or the `path` of a UNIX socket.
+    "socket.connect": (
+        {"container": ("str", ""), "stdin": ("int", 0), "stdout": ("int", 0), **_ADDRESS},
+        {},
+    ),
+    # What connects there waits for an accept each.  It ends with `socket.close`, the container, the connection.
+    "socket.listen": (
+        {"container": ("str", ""), **_ADDRESS, "mode": ("int", 0o666)},
+        {"listener": ("int",), "port": ("int",)},
+    ),
+    "socket.accept": ({"listener": ("int",), "stdin": ("int", 0), "stdout": ("int", 0)}, {}),
+    "socket.close": ({"listener": ("int",)}, {}),
     "disk.mount": (
         {"target": ("int",), "lun": ("int",), "filesystem": ("str", "squashfs")},
         {"layer": ("str",)},
@@ -135,6 +151,10 @@ METHODS.update(
         "vm.info": ({}, {"info": ("{any}",)}),
         "vm.attach_disk": ({"path": ("str",)}, {"target": ("int",), "lun": ("int",)}),
         "vm.detach_disk": ({"path": ("str",)}, {}),
+        # Forwards that live as long as the container, or the VM: `host` here leads to `guest` there.
+        "vm.publish": ({"container": ("str", ""), "host": ("str",), "guest": ("str",)}, {"host": ("str",)}),
+        "vm.unpublish": ({"host": ("str",)}, {}),
+        "vm.ports": ({}, {"ports": ("[any]",)}),
         "vm.console": ({"lines": ("int", 40)}, {"text": ("str",)}),
         "vm.pause": ({}, {}),
         "vm.resume": ({}, {}),

@@ -252,6 +252,7 @@ class Container:
         self.state = "stopped"
         self._watches.close()
         self.log.finish()
+        self.owner.ended(self)
         self.owner.emit("container.exit", {"container": self.id, **self.exit})
         waiters, self._waiters = self._waiters, []
         for call in waiters:

@@ -3,6 +3,7 @@
     handlers(server)                the methods of both, for the server's table
     create_process_in_container     `process.create` with a container
     start_files_in_container        `files.start` with a container
+    handle_socket_of_container      `socket.connect` and `socket.listen` with one
 
 Rule: a handler checks and hands on; what may block is in helper children (`bundle`, `storage`), what a container
 is at the moment in `container`.  Where there is no cgroup version 2, everything is refused with the reason.
@@ -42,6 +43,7 @@ MAX_SIGNAL = 64
 #: The keys under which the handlers of what is done in a container stand beside the methods.
 CREATE_PROCESS = "process.create in a container"
 START_FILES = "files.start in a container"
+SOCKET = "a socket of a container"
 
 _tables: dict[Server, dict[str, Handler]] = {}
 
@@ -66,6 +68,11 @@ def create_process_in_container(call: Call, arguments: dict[str, Any]) -> None:
 def start_files_in_container(call: Call, arguments: dict[str, Any]) -> None:
     """`files.start` where `container` is not ""."""
     handlers(call.server)[START_FILES](call, arguments)
+
+
+def handle_socket_of_container(call: Call, arguments: dict[str, Any]) -> None:
+    """`socket.connect` and `socket.listen` where `container` is not ""."""
+    handlers(call.server)[SOCKET](call, arguments)
 
 
 def check_id(name: str) -> None:
@@ -116,6 +123,7 @@ class Containers:
             "container.log": self._log,
             CREATE_PROCESS: self._create_process,
             START_FILES: lambda call, arguments: self._find(arguments).start_files(call, arguments),
+            SOCKET: self._socket,
         }
 
     def forget(self, container: Container) -> None:
@@ -219,6 +227,19 @@ class Containers:
         ring = self._find(arguments).log
         call.reply({"data": ring.data, "dropped": ring.dropped})
 
+    def _socket(self, call: Call, arguments: dict[str, Any]) -> None:
+        """Its network is there from the making of its first process to that one's end."""
+        container = self._find(arguments)
+        if container.state not in ("ready", "starting", "running"):
+            raise container.not_ready("is not running")
+        assert self._server.sockets is not None, "the server has it for the call"
+        self._server.sockets.handle(call, arguments, container.init)
+
+    def ended(self, container: Container) -> None:
+        """It has stopped."""
+        if self._server.sockets is not None:
+            self._server.sockets.container_ended(container.id)
+
     def _create_process(self, call: Call, arguments: dict[str, Any]) -> None:
         """An exec (B21)."""
         container = self._find(arguments)
@@ -236,4 +257,4 @@ def _refusals(reason: str) -> dict[str, Handler]:
         )
 
     names = [name for name in messages.METHODS if name.startswith(("container.", "disk."))]
-    return dict.fromkeys([*names, CREATE_PROCESS, START_FILES], refuse)
+    return dict.fromkeys([*names, CREATE_PROCESS, START_FILES, SOCKET], refuse)

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import errno
 import os
-import select
 
 from byre_proto.errors import (
     ByreError,
@@ -177,19 +176,10 @@ class ContainerFiles:
 
 
 def _container_root(pid: int, bundle: str) -> int:
-    """The root of a container as its processes see it; without one, as its mounts make it.  In the child.
-
-    The first process may end at any time, and its number then be another's.  If it lives after the root was opened,
-    the root is its own.
-    """
+    """The root of a container as its processes see it; without one, as its mounts make it.  In the child."""
     if pid:
         try:
-            root = rootfs.open_root(f"/proc/{pid}/root")
-            poll = select.poll()
-            poll.register(PIDFD, select.POLLIN)
-            if not poll.poll(0):
-                return root
-            os.close(root)
+            return rootfs.open_root_of(pid, PIDFD)
         except OSError:
             pass
     try:

@@ -6,7 +6,6 @@ kept longer is copied there.
 
 from __future__ import annotations
 
-import errno
 import os
 from itertools import islice
 
@@ -97,10 +96,8 @@ class ToPipe:
             except BlockingIOError:
                 self._writable = False
                 return
-            except OSError as error:  # EPIPE of a pipe, EIO of a terminal
-                if error.errno not in (errno.EPIPE, errno.EIO):
-                    raise
-                self._broken()
+            except OSError as error:  # EPIPE of a pipe, EIO of a terminal, ECONNRESET and others of a socket
+                self._broken(error.errno)
                 return
             self._taken(written)
         if self._eof and not chunks:
@@ -130,7 +127,7 @@ class ToPipe:
                 pass  # nobody reads there: then its end matters to nobody
         self._end()
 
-    def _broken(self) -> None:
+    def _broken(self, _number: int | None = None) -> None:
         self._pumps.session.stop(self.stream, REASON_PROCESS_GONE)
         self._end()
 

@@ -19,7 +19,7 @@ from fcntl import fcntl, ioctl
 from byre_proto import events, frames, limits
 from byre_proto.deques import deque
 
-from .loop import EPOLLERR, EPOLLET, EPOLLHUP, EPOLLIN
+from .loop import EPOLLERR, EPOLLET, EPOLLHUP, EPOLLIN, EPOLLRDHUP
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -184,11 +184,11 @@ class FromPipe:
         self._grown = 0
         os.set_blocking(fd, False)
         pumps.add(self)
-        pumps.loop.add(fd, EPOLLIN | EPOLLET, self._on_ready)
+        pumps.loop.add(fd, EPOLLIN | EPOLLRDHUP | EPOLLET, self._on_ready)
 
     def _on_ready(self, mask: int) -> None:
         self._readable = True
-        if mask & (EPOLLHUP | EPOLLERR):
+        if mask & (EPOLLHUP | EPOLLERR | EPOLLRDHUP):
             self._hung_up = True
         self.queue()
 
@@ -218,14 +218,20 @@ class FromPipe:
         except BlockingIOError:
             self._readable = False
             return False
+        except OSError:  # of a socket: what follows is lost
+            self.close()
+            return False
         if not count:
-            self._end(session.send_eof(self.stream))
+            self._at_end()
             return False
         self._carried += count
         if self._carried >= BULK_AFTER and not self._settled:
             self.bulk = self._settled = True
             self._grown = self._pumps.grow(self._fd)
         return self._readable
+
+    def _at_end(self) -> None:
+        self._end(self._pumps.session.send_eof(self.stream))
 
     def _read(self, wanted: int) -> int:
         """Read and queue; returns the bytes, 0 at the end."""

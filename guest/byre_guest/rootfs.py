@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import os
+import select
 import stat
 
 from byre_proto.errors import ProgramNotExecutable, ProgramNotFound, WorkingDirectoryNotFound
@@ -43,6 +44,21 @@ MAX_HEADERS = 64
 def open_root(path: str) -> int:
     """The directory that is the root, for the functions below."""
     return os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+
+
+def open_root_of(pid: int, pidfd: int) -> int:
+    """The root as the process sees it, its mounts and all.  Raises ProcessLookupError, OSError when it has ended.
+
+    It may end at any time, and its number then be another's.  If it lives after the root was opened, the root is
+    its own.
+    """
+    root = open_root(f"/proc/{pid}/root")
+    poll = select.poll()
+    poll.register(pidfd, select.POLLIN)
+    if poll.poll(0):
+        os.close(root)
+        raise ProcessLookupError(errno.ESRCH, os.strerror(errno.ESRCH))
+    return root
 
 
 def find(root_fd: int, path: str, flags: int = 0) -> int:

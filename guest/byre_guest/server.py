@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from .loop import Loop, Timer
     from .processes import Processes
     from .reaper import Reaper
+    from .sockets import Sockets
 
     Handler = Callable[["Call", dict[str, Any]], object]
 
@@ -99,6 +100,7 @@ class Server:
         self.handlers: dict[str, Handler] = {}
         self.before_request: Callable[[str], object] | None = None  # called with each one's method
         self.calls: dict[int, Call] = {}
+        self.sockets: Sockets | None = None
         self._on_drop = on_drop
         self._channel: Channel | None = None
         self._connection: Connection | None = None
@@ -164,6 +166,8 @@ class Server:
         if pumps is not None:
             pumps.close()
         self.processes.disconnected()
+        if self.sockets is not None:
+            self.sockets.disconnected()
         for call in calls:
             call.give_up(Cancelled("the host has gone"))
         self.calls.clear()
@@ -239,10 +243,24 @@ class Server:
             return containers.create_process_in_container
         if method == "files.start":
             return _files(arguments)
+        if method.startswith("socket."):
+            return self._sockets(arguments)
         try:
             return self.handlers[method]
         except KeyError:
             raise NotSupported(f"the guest's agent does not serve {method}", method=method) from None
+
+    def _sockets(self, arguments: dict[str, Any]) -> Handler:
+        """Loaded with the first of their calls."""
+        if self.sockets is None:
+            from .sockets import Sockets
+
+            self.sockets = Sockets(self)
+        if arguments.get("container"):
+            from . import containers
+
+            return containers.handle_socket_of_container
+        return self.sockets.handle
 
 
 _STREAM_EVENTS = (

@@ -20,20 +20,28 @@ if TYPE_CHECKING:
     from .local import LocalHost
     from .parameters import ProcessParameters, Resources, UpdateResources
     from .pool import Pool, PoolStats
+    from .ports.address import Address
+    from .ports.connection import Connection
+    from .ports.forward import Exposure, Forward
+    from .ports.registry import PublishedPort
     from .process import GuestProcess
     from .run import DEVNULL, PIPE, STDOUT, CompletedProcess
     from .serialhost import SerialHost
     from .vm import UtilityVM
 
 _MODULES = {
+    "Address": "ports.address",
     "ByreError": "errors",
     "CompletedProcess": "run",
+    "Connection": "ports.connection",
     "Container": "cow",
     "Copied": "copies",
     "DEVNULL": "run",
     "ExitStatus": "cow",
+    "Exposure": "ports.forward",
     "FileStatus": "file_operation",
     "Files": "files",
+    "Forward": "ports.forward",
     "GuestContainer": "container",
     "GuestProcess": "process",
     "LocalHost": "local",
@@ -43,6 +51,7 @@ _MODULES = {
     "Process": "cow",
     "ProcessHost": "cow",
     "ProcessParameters": "parameters",
+    "PublishedPort": "ports.registry",
     "Resources": "parameters",
     "STDOUT": "run",
     "SerialHost": "serialhost",
@@ -57,13 +66,17 @@ __all__ = [
     "DEVNULL",
     "PIPE",
     "STDOUT",
+    "Address",
     "ByreError",
     "CompletedProcess",
+    "Connection",
     "Container",
     "Copied",
     "ExitStatus",
+    "Exposure",
     "FileStatus",
     "Files",
+    "Forward",
     "GuestContainer",
     "GuestProcess",
     "LocalHost",
@@ -72,6 +85,7 @@ __all__ = [
     "Process",
     "ProcessHost",
     "ProcessParameters",
+    "PublishedPort",
     "Resources",
     "SerialHost",
     "Stdio",

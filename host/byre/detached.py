@@ -25,6 +25,7 @@ from .owner import DiskPlace, Owner
 
 if TYPE_CHECKING:
     from .calls import Result
+    from .ports.registry import Ports
 
 #: Name of the VM that is meant when none is given.
 DEFAULT = rundir.DEFAULT
@@ -235,6 +236,11 @@ class KeeperClient(Owner):
     async def info(self) -> dict[str, Any]:
         info: dict[str, Any] = (await self._bridge.call("vm.info"))["info"]
         return info
+
+    def ports(self, bridge: Bridge) -> Ports:
+        from .ports.registry import KeeperPorts
+
+        return KeeperPorts(bridge)
 
     async def release(self) -> None:
         """Nothing: the VM goes on, and so does what this client started in it."""

@@ -8,8 +8,10 @@ first and must not blindly repeat the second.
 from __future__ import annotations
 
 from byre_proto.errors import (
+    AddressInUse,
     ByreError,
     Cancelled,
+    ConnectionRefused,
     ContainerExists,
     ContainerNotFound,
     ContainerNotReady,
@@ -33,6 +35,7 @@ from byre_proto.errors import (
     RequestTooLarge,
     ResourceExhausted,
     RuntimeFailed,
+    SocketFailed,
     StartFailed,
     StorageFailed,
     UserNotFound,
@@ -174,12 +177,14 @@ class VMExists(ByreError, FileExistsError):
 
 __all__ = [
     "AcceleratorUnavailable",
+    "AddressInUse",
     "BootFailed",
     "BootTimeout",
     "ByreError",
     "Cancelled",
     "CommandFailed",
     "ConnectionLost",
+    "ConnectionRefused",
     "ContainerClosed",
     "ContainerExists",
     "ContainerNotFound",
@@ -214,6 +219,7 @@ __all__ = [
     "RequestTooLarge",
     "ResourceExhausted",
     "RuntimeFailed",
+    "SocketFailed",
     "StartFailed",
     "StorageFailed",
     "StreamReset",

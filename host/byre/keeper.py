@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 
     from .bridge import Bridge
     from .owner import DiskPlace
+    from .ports.address import Address
+    from .ports.registry import PublishedPort
 
 log = logging.getLogger(__name__)
 
@@ -63,6 +65,9 @@ class Kept(Protocol):
     async def console(self, lines: int) -> str: ...
     async def pause(self) -> None: ...
     async def resume(self) -> None: ...
+    async def publish(self, host: str, guest: str, *, container: str) -> Address: ...
+    async def unpublish(self, host: str) -> None: ...
+    async def published(self) -> list[PublishedPort]: ...
     async def shutdown(self, timeout: float) -> None: ...
     async def wait(self) -> str: ...
 
@@ -204,6 +209,9 @@ class Methods:
             "vm.console": self._console,
             "vm.pause": self._pause,
             "vm.resume": self._resume,
+            "vm.publish": self._publish,
+            "vm.unpublish": self._unpublish,
+            "vm.ports": self._ports,
             "vm.shutdown": self._shutdown,
         }
 
@@ -234,6 +242,17 @@ class Methods:
     async def _resume(self, _: Arguments) -> Arguments:
         await self._kept.resume()
         return {}
+
+    async def _publish(self, arguments: Arguments) -> Arguments:
+        return {"host": str(await self._kept.publish(**arguments))}
+
+    async def _unpublish(self, arguments: Arguments) -> Arguments:
+        await self._kept.unpublish(arguments["host"])
+        return {}
+
+    async def _ports(self, _: Arguments) -> Arguments:
+        found = await self._kept.published()
+        return {"ports": [[str(p.host), str(p.guest), p.container, p.connections] for p in found]}
 
     async def _shutdown(self, arguments: Arguments) -> Arguments:
         self._ending("the VM was shut down")

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .bridge import Bridge
     from .machines.base import Machine
     from .machines.disks import Disk
+    from .ports.registry import Ports
 
 #: An emulator that is told to quit does so in milliseconds; after this, in seconds, it is killed.
 RELEASE_TIMEOUT = 5.0
@@ -75,6 +76,10 @@ class Owner(abc.ABC):
     @abc.abstractmethod
     async def info(self) -> dict[str, Any]:
         """What it is made of, and why (accelerator, machine, transport)."""
+
+    @abc.abstractmethod
+    def ports(self, bridge: Bridge) -> Ports:
+        """The forwards that belong to the VM, and not to a caller."""
 
     @abc.abstractmethod
     async def release(self) -> None:
@@ -139,6 +144,11 @@ class MachineOwner(Owner):
 
     async def info(self) -> dict[str, Any]:
         return {"id": self.id, "pid": self.machine_pid, **self.machine.explanation}
+
+    def ports(self, bridge: Bridge) -> Ports:
+        from .ports.registry import HeldPorts
+
+        return HeldPorts(bridge)
 
     async def release(self) -> None:
         await self.shutdown(RELEASE_TIMEOUT)

@@ -25,6 +25,7 @@ class Passage:
         self._sink, self._sink_number = sink, sink_number
         self._waiting: deque[bytes] = deque()
         self.ended = False  # the source's EOF is here
+        self.done = False  # all was handed over, or it was given up
         self._held = False  # one side's connection is gone
         this: Any = self  # it answers all that a bridge asks of its readers and writers
         source.readers[source_number] = this
@@ -60,6 +61,7 @@ class Passage:
         if self.ended and session.credit(self._sink_number) >= 0:
             session.send_eof(self._sink_number)
             self._sink.forget_writer(self._sink_number)
+            self.done = True
         self._sink.flush_soon()
 
     def fail(self, error: Exception | None) -> None:
@@ -76,6 +78,7 @@ class Passage:
         self._end(REASON_PROCESS_GONE)
 
     def _end(self, reason: int) -> None:
+        self.done = True
         self._source.stop_reading(self._source_number)
         self._sink.session.reset(self._sink_number, reason)
         self._sink.forget_writer(self._sink_number)

@@ -21,6 +21,7 @@ from .errors import (
     ProcessRunning,
 )
 from .parameters import OCIProcess, ProcessConfig, ProcessParameters, Signal, check_size, signal_number
+from .ports.methods import Sockets
 from .run import run as run_process
 from .streams import open_reader, open_writer
 
@@ -257,8 +258,8 @@ def _request(config: ProcessParameters) -> dict[str, Any]:
     }
 
 
-class GuestProcessHost(ProcessHost):
-    """A `ProcessHost` whose processes are an agent's.  `_container` "" is where the agent itself runs."""
+class GuestProcessHost(Sockets, ProcessHost):
+    """A `ProcessHost` whose processes and sockets are an agent's; `_container` "" is where the agent is."""
 
     _container = ""
     run = run_process

@@ -9,7 +9,8 @@ own processes and nothing else (B3).  A reply never comes after an event that fo
 
 When a client goes, its calls are cancelled, and what it had started goes on (B43): the streams are *held*, not
 closed, so a process that writes stands still when its window is full rather than die of SIGPIPE.  A client that
-said `vm.tie` wants it otherwise: its processes, with their trees, are killed when it goes.
+said `vm.tie` wants it otherwise: its processes, with their trees, are killed when it goes.  Of its sockets nothing
+stays: connections are reset, listeners closed.
 """
 
 from __future__ import annotations
@@ -55,6 +56,8 @@ class Client:
         self.bridge = Bridge(sock, label=f"client {number}", server=self._serve)
         self.tied = False  # what it starts ends with it
         self.gone = False
+        self.listeners: set[int] = set()  # of the guest's sockets: of use to nobody else
+        self.connections: list[Passage] = []
         self._relay = relay
         self._calls: dict[int, asyncio.Task[None]] = {}
 
@@ -139,6 +142,10 @@ class Relay:
         self._clients.discard(client)
         log.info("= client %d left, %d in all", client.number, len(self._clients))
         client.cancel_calls()
+        for stream in client.connections:
+            stream.close()
+        for listener in client.listeners:
+            self._spawn(self._ask("socket.close", listener=listener))
         for started in [s for s in self._started.values() if client in s.owners]:
             started.owners.discard(client)
             if started.exited and not started.owners:
@@ -233,6 +240,12 @@ class Relay:
             started.owners.add(client)
             started.streams += streams
             self._guest.subscribe("process.exit", started.id, self._process_exited)
+        elif method in ("socket.connect", "socket.accept"):
+            client.connections = [stream for stream in client.connections if not stream.done] + streams
+        elif method == "socket.listen":
+            client.listeners.add(result["listener"])
+        elif method == "socket.close":
+            client.listeners.discard(arguments["listener"])
         elif method == "process.release":
             self._forget(arguments["process"])
         elif method == "container.create":
@@ -284,6 +297,9 @@ class Relay:
         await self._ask("process.signal", process=result["process"], signal=SIGTERM)
         await self._ask("process.release", process=result["process"])
 
+    async def _undo_listen(self, _: dict[str, Any], result: dict[str, Any]) -> None:
+        await self._ask("socket.close", listener=result["listener"])
+
     async def _undo_container(self, arguments: dict[str, Any], _: dict[str, Any]) -> None:
         self._deleted(arguments["container"])
         await self._ask("container.delete", container=arguments["container"])
@@ -322,6 +338,7 @@ class Relay:
 _UNDO: dict[str, Callable[[Relay, dict[str, Any], dict[str, Any]], Awaitable[None]]] = {
     "process.create": Relay._undo_process,
     "files.start": Relay._undo_files,
+    "socket.listen": Relay._undo_listen,
     "container.create": Relay._undo_container,
 }
 

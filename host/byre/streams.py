@@ -219,10 +219,12 @@ class StreamTransport(asyncio.Transport):
         return b"".join(pieces) if len(pieces) > 1 else bytes(pieces[0])
 
 
-def open_writer(bridge: Bridge, number: int = 0) -> tuple[int, asyncio.StreamWriter, StreamTransport]:
+def open_writer(
+    bridge: Bridge, number: int = 0, kind: type[StreamTransport] | None = None
+) -> tuple[int, asyncio.StreamWriter, StreamTransport]:
     """A stream towards the peer: its number, its writer, its transport.  Raises `ResourceExhausted`.
 
-    `number` is given where the peer's request named it; else it is a new one.
+    `number` is given where the peer's request named it; else it is a new one.  `kind` is the transport's class.
     """
     if number:
         bridge.session.accept_stream(number, sending=True, receiving=False)
@@ -231,7 +233,7 @@ def open_writer(bridge: Bridge, number: int = 0) -> tuple[int, asyncio.StreamWri
     loop = asyncio.get_running_loop()
     reader = asyncio.StreamReader(loop=loop)  # carries the error to `drain`; nothing is read
     protocol = asyncio.StreamReaderProtocol(reader, loop=loop)
-    transport = StreamTransport(bridge, number, protocol)
+    transport = (kind or StreamTransport)(bridge, number, protocol)
     protocol.connection_made(transport)
     bridge.writers[number] = transport
     return number, asyncio.StreamWriter(transport, protocol, reader, loop), transport

@@ -24,6 +24,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Self, TypeVar
 
 from . import cow, file_operation, file_streams, files, health, local, pool, vm
+from .ports import connection, forward
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer, WriteableBuffer
@@ -188,6 +189,52 @@ class FileWriter(Facade):
     """A `byre.file_streams.FileWriter`."""
 
 
+class Forward(Facade):
+    """A `byre.Forward`."""
+
+
+class Exposure(Facade):
+    """A `byre.Exposure`."""
+
+
+class Connection(Facade):
+    """A `byre.Connection`; its reader and writer are binary files, and closing the writer closes both."""
+
+    _pair: tuple[io.BufferedReader, io.BufferedWriter]
+
+    def __iter__(self) -> Iterator[Any]:
+        if "_pair" not in vars(self):
+            reader, writer = self._target
+            self._pair = io.BufferedReader(_Reader(reader), BUFFER), io.BufferedWriter(_Writer(writer), BUFFER)
+        return iter(self._pair)
+
+    @property
+    def reader(self) -> io.BufferedReader:
+        """What comes from there."""
+        return next(iter(self))
+
+    @property
+    def writer(self) -> io.BufferedWriter:
+        """What goes there; flush it."""
+        return tuple(self)[1]  # type: ignore[no-any-return]
+
+    def write_eof(self) -> None:
+        """No more is written; reading goes on."""
+        self.writer.flush()
+        _call(self._target.write_eof)
+
+    def close(self) -> None:
+        """End both directions; what was written goes first."""
+        self.writer.close()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.close()
+        super().__exit__(kind, error, trace)
+
+
 class Health(Facade):
     """A VM's health; iterating gives every change of its state."""
 
@@ -337,6 +384,9 @@ _FACADES: tuple[tuple[type, type[Facade]], ...] = (
     (file_streams.FileWriter, FileWriter),
     (pool.Pool, Pool),
     (pool.Lease, Lease),
+    (forward.Forward, Forward),
+    (forward.Exposure, Exposure),
+    (connection.Connection, Connection),
 )
 
 

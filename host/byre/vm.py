@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from .machines.base import Machine
     from .machines.config import MachineConfig
     from .owner import DiskPlace, Owner
+    from .ports.address import Address, AddressLike
+    from .ports.registry import Ports, PublishedPort
 
 #: Deadline of the agent's own stack dump, in seconds, before its silence is the answer.
 STACKS_TIMEOUT = 5.0
@@ -86,6 +88,7 @@ class UtilityVM(GuestProcessHost):
         self._owner: Owner
         self._bridge: Bridge
         self._layers: Layers
+        self._ports: Ports
         self._ending: asyncio.Task[None] | None = None
         self.health: Health
 
@@ -152,6 +155,7 @@ class UtilityVM(GuestProcessHost):
         """Take over a VM that runs: ours, or a keeper's."""
         self._owner, self._bridge = owner, bridge
         self._layers = Layers(owner, bridge)
+        self._ports = owner.ports(bridge)
         self.health = Health(owner, bridge)
         self.health.start()
 
@@ -240,6 +244,27 @@ class UtilityVM(GuestProcessHost):
         container = GuestContainer(self.bridge, id, InitStreams(terminal=terminal))
         container.watch()
         return container
+
+    # -- ports that are the VM's ---------------------------------------------------------------------------
+
+    async def publish(self, host: AddressLike, guest: AddressLike, *, container: str = "") -> Address:
+        """As `forward` of the VM, or of that container; but it is the VM's: it goes on until `unpublish`, or until
+        the container or the VM has ended.  For a detached VM its keeper holds it.  Returns where it listens."""
+        return await self._held_ports.publish(container, host, guest)
+
+    async def unpublish(self, host: AddressLike) -> None:
+        """End what `publish` began.  Raises `InvalidRequest` when nothing is published there."""
+        await self._held_ports.unpublish(host)
+
+    async def published(self) -> list[PublishedPort]:
+        """What is published, with the connections that there are now."""
+        return await self._held_ports.published()
+
+    @property
+    def _held_ports(self) -> Ports:
+        if self.bridge.lost is not None:  # before the start `bridge` itself raises
+            raise self.bridge.lost
+        return self._ports
 
     # -- the machine ---------------------------------------------------------------------------------------
 

@@ -18,6 +18,8 @@ from byre import keeper
 from byre.bridge import Bridge
 from byre.errors import BootFailed
 from byre.owner import DiskPlace
+from byre.ports.address import Address
+from byre.ports.registry import HeldPorts, PublishedPort
 from byre.testing import FakeGuest, FakeProcess
 
 
@@ -41,6 +43,16 @@ class Played:
         self.ended = asyncio.Event()
         self.reason = ""
         self.paused = 0
+        self.ports = HeldPorts(bridge)
+
+    async def publish(self, host: str, guest: str, *, container: str) -> Address:
+        return await self.ports.publish(container, host, guest)
+
+    async def unpublish(self, host: str) -> None:
+        await self.ports.unpublish(host)
+
+    async def published(self) -> list[PublishedPort]:
+        return await self.ports.published()
 
     async def info(self) -> dict[str, Any]:
         return {"machine": {"pid": os.getpid()}, "paused": self.paused, "tmp": tempfile.gettempdir()}

@@ -85,6 +85,35 @@ def test_usage_errors_exit_with_2_and_a_hint(line: str, capsys: pytest.CaptureFi
 
 
 @pytest.mark.parametrize(
+    ("text", "host", "guest"),
+    [
+        ("8080:80", "127.0.0.1:8080", "127.0.0.1:80"),
+        ("8080:80/tcp", "127.0.0.1:8080", "127.0.0.1:80"),
+        ("80", "127.0.0.1:0", "127.0.0.1:80"),
+        ("0:80", "127.0.0.1:0", "127.0.0.1:80"),
+        ("127.0.0.2::80", "127.0.0.2:0", "127.0.0.1:80"),
+        ("0.0.0.0:8080:80", "0.0.0.0:8080", "127.0.0.1:80"),
+        ("[::1]:8080:80", "[::1]:8080", "127.0.0.1:80"),
+    ],
+)
+def test_ports_are_closed_to_others_unless_an_address_says_so(text: str, host: str, guest: str) -> None:
+    for line in (f"run -p {text} oci:x", f"run --vm --publish {text} true", f"up -p {text}"):
+        ((here, there),) = parse(line.split()).publish
+        assert (str(here), str(there)) == (host, guest)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", ":", "80:", "a:80", "80:80/udp", "1:2:3:4", "x.org:80:80", "65536:80", "80:0", "80:65536", "\u0668:80"],
+)
+def test_what_is_no_port_is_a_usage_error(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        parse(["run", "-p", text, "oci:x"])
+    assert caught.value.code == 2
+    assert "-p" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
     ("text", "size"),
     [("1", 1), ("512m", 512 << 20), ("2G", 2 << 30), ("3k", 3 << 10), ("7b", 7), ("1t", 1 << 40)],
 )

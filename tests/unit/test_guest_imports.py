@@ -61,7 +61,10 @@ def test_the_agent_imports_nothing_beyond_its_diet() -> None:
 
 def test_containers_and_files_are_not_loaded_before_the_first_one() -> None:
     modules = loaded("byre_guest.__main__")
-    assert not {f"byre_guest.{name}" for name in ("containers", "storage", "runtime", "users", "files")} & modules
+    assert (
+        not {f"byre_guest.{name}" for name in ("containers", "storage", "runtime", "users", "files", "sockets")}
+        & modules
+    )
     assert "byre_proto.records" not in modules
 
 
@@ -71,7 +74,7 @@ def test_what_a_line_needs_costs_the_other_channels_nothing() -> None:
     assert foreign - BARE - ALLOWED == {"termios", "msgpack"}
 
 
-@pytest.mark.parametrize("module", ["containers", "storage", "runtime", "users", "stats", "files"])
+@pytest.mark.parametrize("module", ["containers", "storage", "runtime", "users", "stats", "files", "sockets"])
 def test_the_parts_for_containers_and_files_keep_the_diet_too(module: str) -> None:
     foreign = {name for name in loaded(f"byre_guest.{module}") if not ours(name)}
     assert not foreign & FORBIDDEN - NEEDED_LATER

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import fcntl
 import hashlib
 import os
@@ -10,6 +12,7 @@ import re
 import select
 import shlex
 import signal
+import socket
 import struct
 import subprocess
 import sys
@@ -105,6 +108,74 @@ def test_stdin_stdout_and_stderr_pass_unchanged(up: None, busybox: str, where: s
 
 def test_stdin_is_passed_on_only_with_i(up: None) -> None:
     assert byre("run", "--vm", "cat", stdin=b"unseen").stdout == b""
+
+
+HTTPD = ("sh", "-c", "echo page > /tmp/page; exec httpd -f -p 127.0.0.1:80 -h /tmp")
+
+
+def get(port: int) -> bytes:
+    """A page of HTTPD, which may be about to start: then a connection is reset."""
+    deadline = time.monotonic() + TIMEOUT
+    while True:
+        assert time.monotonic() < deadline
+        with contextlib.suppress(ConnectionResetError), socket.create_connection(("127.0.0.1", port)) as client:
+            client.sendall(b"GET /page HTTP/1.0\r\n\r\n")
+            answer = b""
+            while data := client.recv(4096):
+                answer += data
+            return answer.rpartition(b"\r\n\r\n")[2]
+
+
+def closed(port: int) -> bool:
+    with socket.socket() as client:
+        return client.connect_ex(("127.0.0.1", port)) == errno.ECONNREFUSED
+
+
+def chosen(stderr: bytes) -> int:
+    found = re.search(rb"port 80 is 127\.0\.0\.1:(\d+)\n", stderr)
+    assert found, stderr
+    return int(found[1])
+
+
+def test_ports_of_a_container_that_is_left_running_are_its_keepers(up: None, busybox: str) -> None:
+    done = byre("run", "-d", "--name", "ported", "-p", "0:80", busybox, *HTTPD)
+    assert (done.returncode, done.stdout) == (0, b"ported\n"), done.stderr
+    port = chosen(done.stderr)
+    assert get(port) == b"page\n"
+    assert byre("port", "ported").stdout == f"80/tcp -> 127.0.0.1:{port}\n".encode()
+    assert f"ported 80/tcp -> 127.0.0.1:{port}\n".encode() in byre("port").stdout
+    taken = byre("run", "-d", "--name", "late", "-p", f"{port}:80", busybox, *HTTPD)
+    assert (taken.returncode, b"is in use" in taken.stderr, b"hint: " in taken.stderr) == (125, True, True)
+    assert byre("port", "late").returncode == 125, "the container went with its port"
+    assert byre("rm", "-f", "ported").returncode == 0
+    until(lambda: closed(port))
+    assert byre("port").stdout == b""
+
+
+def test_ports_of_a_command_in_the_foreground_end_with_it(up: None, busybox: str) -> None:
+    with subprocess.Popen(
+        [*BYRE, "run", "--rm", "-p", "0:80", busybox, *HTTPD], stderr=subprocess.PIPE, stdin=subprocess.DEVNULL
+    ) as running:
+        assert running.stderr is not None
+        port = chosen(running.stderr.readline())
+        assert get(port) == b"page\n"
+        running.send_signal(signal.SIGTERM)  # which an init without a handler for it does not even get
+        running.send_signal(signal.SIGINT)
+        assert running.wait(TIMEOUT) == 137
+    assert closed(port)
+
+
+def test_ports_of_a_vm_end_with_it(up: None) -> None:
+    options = [f"--{name}={value}" for name, value in machine_options().items()]
+    done = byre("up", "other", "-p", "0:80", *options)
+    assert done.returncode == 0, done.stderr
+    port = chosen(done.stderr)
+    assert byre("port", "--in", "other").stdout == f"- 80/tcp -> 127.0.0.1:{port}\n".encode()
+    taken = byre("up", "third", "-p", f"{port}:80", *options)
+    assert (taken.returncode, b"is in use" in taken.stderr) == (125, True)
+    assert b"third" not in byre("ps").stdout
+    assert byre("down", "other").returncode == 0
+    assert closed(port)
 
 
 def test_files_are_read_and_written(up: None, tmp_path: Path) -> None:

@@ -137,6 +137,7 @@ def build() -> Parser:
     _down(add("down", "vms:down", "End a VM that is up, with all that runs in it."))
     add("ps", "vms:ps", "List the VMs that are up, their containers and their processes.")
     _containers(add)
+    _port(add("port", "ports:port", "List the ports of this host that lead into a VM that is up."))
     add("doctor", "doctor:doctor", "Say what this host has: accelerator and why, transports, tools, image.")
     _image(add("image", "images:ls", _IMAGE))
     _template(add("template", "template:ls", "Look after the saved machines that VMs are cloned from."))
@@ -155,6 +156,7 @@ def _run(parser: Parser) -> None:
     add("-d", "--detach", action="store_true", help="leave it running and print the container's id")
     add("--rm", action="store_true", help="delete the container when it has ended")
     add("--name", default="", help="id of the container; a random one without it")
+    _publish(parser)
     add("--in", dest="vm_name", metavar="VM", default="", help="run in this VM, which is up")
     add("--fresh", action="store_true", help="a VM for this command alone even while another one is up")
     _template_mode(parser)
@@ -229,7 +231,32 @@ def _up(parser: Parser) -> None:
         help="require one (%(default)s)",
     )
     add("--timeout", type=_positive_float, metavar="SECONDS", help="time to boot; by default what this host needs")
+    _publish(parser)
     _template_mode(parser)
+
+
+def _publish(parser: Parser) -> None:
+    parser.add_argument(
+        "-p",
+        "--publish",
+        action="append",
+        default=[],
+        type=_published,
+        metavar="[IP:]HOST:GUEST[/tcp]",
+        help="connect a port of this host to one inside; only from this host (IP is 127.0.0.1) unless IP says "
+        "otherwise, as 0.0.0.0; HOST 0 is a free one, and is printed",
+    )
+
+
+def _published(text: str) -> object:
+    from .ports import published
+
+    return published(text)
+
+
+def _port(parser: Parser) -> None:
+    _in(parser)
+    parser.add_argument("container", nargs="?", default="", metavar="CONTAINER", help="of this one only")
 
 
 def _template_mode(parser: Parser) -> None:

@@ -11,6 +11,7 @@ from byre.errors import ContainerNotFound
 from byre.parameters import Resources
 
 from . import foreground, terminal
+from .ports import forwards, publish
 from .progress import Progress
 from .selection import check_terminal, parameters, registry_of, talkative, variables, vm_of
 from .status import say
@@ -34,12 +35,13 @@ async def _foreground(arguments: argparse.Namespace, signals: foreground.Signals
     async with vm_of(arguments) as (vm, own):
         if not arguments.vm:
             return await _container(arguments, signals, vm, own)
-        process = await vm.start_process(parameters(arguments, arguments.command_line))
-        try:
-            return await foreground.attach(process, signals, arguments, kill=process.kill_tree)
-        finally:
-            if not own:
-                await process.close()
+        async with forwards(vm, arguments):
+            process = await vm.start_process(parameters(arguments, arguments.command_line))
+            try:
+                return await foreground.attach(process, signals, arguments, kill=process.kill_tree)
+            finally:
+                if not own:
+                    await process.close()
 
 
 async def _container(arguments: argparse.Namespace, signals: foreground.Signals, vm: UtilityVM, own: bool) -> int:
@@ -51,14 +53,15 @@ async def _container(arguments: argparse.Namespace, signals: foreground.Signals,
     try:
         if arguments.rm and not own:
             await vm.bridge.call("vm.remove_at_exit", container=container.id)
-        init = await container.start_process(None)
-        try:
-            status = await foreground.attach(
-                init, signals, arguments, kill=container.terminate, release=container.start
-            )
-        finally:
-            if not own:
-                await init.close()
+        async with forwards(container, arguments):
+            init = await container.start_process(None)
+            try:
+                status = await foreground.attach(
+                    init, signals, arguments, kill=container.terminate, release=container.start
+                )
+            finally:
+                if not own:
+                    await init.close()
         ended = True
         return status
     finally:
@@ -90,6 +93,7 @@ async def _detach(arguments: argparse.Namespace) -> int:
         try:
             if arguments.rm:
                 await vm.bridge.call("vm.remove_at_exit", container=container.id)
+            await publish(vm, arguments, container.id)
             await container.start()
             started = True
         finally:

@@ -38,6 +38,8 @@ async def _up(arguments: argparse.Namespace) -> int:
         options["boot_timeout"] = arguments.timeout
     begin = time.monotonic()
     await bring_up(arguments.name, options)
+    if arguments.publish:
+        await _publish(arguments)
     if talkative(arguments):
         machine = rundir.find(arguments.name).info().get("machine", {})
         for name in _OPTIONS:
@@ -45,6 +47,20 @@ async def _up(arguments: argparse.Namespace) -> int:
         say(f"up after {time.monotonic() - begin:.1f} s")
     print(arguments.name)
     return 0
+
+
+async def _publish(arguments: argparse.Namespace) -> None:
+    """A VM without the ports that were asked for is not what was asked for."""
+    from byre.vm import UtilityVM
+
+    from .ports import publish
+
+    try:
+        async with await UtilityVM.attach(arguments.name) as vm:
+            await publish(vm, arguments)
+    except BaseException:
+        await asyncio.shield(detached.end(arguments.name))
+        raise
 
 
 async def bring_up(name: str, options: dict[str, Any]) -> None:
