@@ -1,6 +1,7 @@
 """The one byte stream between the agent and its host, whatever it is.
 
     fd             a socketpair, or stdin and stdout: ends with its EOF
+    socket         the host dials a UNIX socket, again after each end
     virtio-serial  the port named PORT_NAME: has no connections; read() == 0 means that no host is there now
     vsock          the agent dials the host, again after each end
     serial         a line that has no connections and loses bytes: `serial_line`
@@ -67,6 +68,7 @@ class Channel:
 
     room = SEND_SIZE
     max_data = MAX_DATA
+    resumable = False  # another one to the same host can follow it, without a loss
 
     def __init__(self, read_fd: int, write_fd: int, *, port: bool = False) -> None:
         self.read_fd = read_fd
@@ -238,9 +240,48 @@ def dial(cid: int, port: int) -> Channel:
     except BaseException:
         connection.close()
         raise
-    fd = connection.detach()
-    return Channel(fd, fd)
+    return redialled(connection.detach())
 
+
+def redialled(fd: int) -> Channel:
+    """A connected socket that can be had again."""
+    channel = Channel(fd, fd)
+    channel.resumable = True
+    return channel
+
+
+def listen(path: str) -> int:
+    """A UNIX socket that only this user can dial.  Raises OSError.  Returns its descriptor."""
+    import _socket
+
+    listener = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM | _socket.SOCK_CLOEXEC | _socket.SOCK_NONBLOCK)
+    mask = os.umask(0o177)
+    try:
+        listener.bind(path)
+        listener.listen(BACKLOG)
+    except BaseException:
+        listener.close()
+        raise
+    finally:
+        os.umask(mask)
+    return listener.detach()
+
+
+def accept(listener_fd: int) -> Channel | None:
+    """The next host, None when it has gone already."""
+    import _socket
+
+    listener = _socket.socket(fileno=listener_fd)
+    try:
+        return redialled(listener._accept()[0])
+    except OSError:
+        return None
+    finally:
+        listener.detach()
+
+
+#: Hosts that wait until the one before them has gone.
+BACKLOG = 16
 
 #: The host listens before it starts the VM, so it answers at once or not at all.  The loop has nothing else to do.
 DIAL_SECONDS = 2.0
