@@ -21,7 +21,7 @@ from time import monotonic, sleep
 from byre_proto.deques import deque
 from byre_proto.limits import MAX_DATA
 
-from .loop import EPOLLET, EPOLLIN, EPOLLOUT
+from .loop import EPOLLERR, EPOLLET, EPOLLHUP, EPOLLIN, EPOLLOUT, EPOLLRDHUP
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -76,6 +76,7 @@ class Channel:
         self.port = port
         self.readable = True
         self.writable = True
+        self._ended = False  # the other end has closed it: nothing but the rest is to come, without another edge
         self._room_wanted = port  # of a port, room also means that a host has come
         self._loop: Loop | None = None
         self._buffer = memoryview(bytearray(READ_SIZE))
@@ -90,6 +91,7 @@ class Channel:
         def ready(mask: int) -> None:
             if mask & ~EPOLLOUT:
                 self.readable = True
+                self._ended = bool(mask & (EPOLLHUP | EPOLLERR | EPOLLRDHUP)) and not self.port
             if mask & EPOLLOUT:
                 self.writable = True
                 self._want_room(False)
@@ -97,11 +99,12 @@ class Channel:
 
         self._loop = loop
         if self.write_fd != self.read_fd:
-            loop.add(self.read_fd, EPOLLIN | EPOLLET, ready)
+            loop.add(self.read_fd, EPOLLIN | EPOLLRDHUP | EPOLLET, ready)
         loop.add(self.write_fd, self._mask(), ready)
 
     def _mask(self) -> int:
-        return EPOLLET | (EPOLLIN if self.write_fd == self.read_fd else 0) | (EPOLLOUT if self._room_wanted else 0)
+        reading = EPOLLIN | EPOLLRDHUP if self.write_fd == self.read_fd else 0
+        return EPOLLET | reading | (EPOLLOUT if self._room_wanted else 0)
 
     def _want_room(self, wanted: bool) -> None:
         """Be told of room only while it is missing: a socket has it anew after each of the peer's reads."""
@@ -114,7 +117,7 @@ class Channel:
         count = self._read(self._pieces)
         if count is None:
             return None
-        if not count or (count < READ_SIZE and not self.port):
+        if not count or (count < READ_SIZE and not self.port and not self._ended):
             self.readable = False  # it was empty; what comes later is a new edge
         while self.readable and count < READ_SIZE:
             rest = self._buffer[count:]

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .process import GuestProcess
     from .run import DEVNULL, PIPE, STDOUT, CompletedProcess
     from .serialhost import SerialHost
+    from .sockethost import SocketHost
     from .vm import UtilityVM
 
 _MODULES = {
@@ -46,6 +47,7 @@ _MODULES = {
     "Resources": "parameters",
     "STDOUT": "run",
     "SerialHost": "serialhost",
+    "SocketHost": "sockethost",
     "Stdio": "cow",
     "UpdateResources": "parameters",
     "UtilityVM": "vm",
@@ -74,6 +76,7 @@ __all__ = [
     "ProcessParameters",
     "Resources",
     "SerialHost",
+    "SocketHost",
     "Stdio",
     "UpdateResources",
     "UtilityVM",

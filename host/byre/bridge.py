@@ -266,7 +266,7 @@ class Bridge(Calls):
         self._channel = channel
 
     def channel_writable(self) -> None:
-        self._flush()
+        self.flush_soon()  # not from within asyncio's own writing: a failure there would end the transport twice
 
     def channel_received(self, data: memoryview) -> None:
         self.heard()
@@ -321,9 +321,9 @@ class Bridge(Calls):
     async def _wait_for_another(self, cause: Exception | None, opened: asyncio.Future[None]) -> None:
         """Until another channel carries the session on; or the peer is known to be gone, or the time is over."""
         reason = f"the channel to the guest ended, and no other one came within {self.resume_seconds:g} s"
-        tasks = {asyncio.ensure_future(self._redial_until_open() if self._redial else opened)}
+        tasks = [asyncio.ensure_future(self._redial_until_open() if self._redial else opened)]
         if self.explain is not None:
-            tasks.add(asyncio.ensure_future(self._raise_explained(self.explain())))
+            tasks.append(asyncio.ensure_future(self._raise_explained(self.explain())))
         try:
             await asyncio.wait(tasks, timeout=self.resume_seconds, return_when=asyncio.FIRST_COMPLETED)
         finally:
@@ -358,6 +358,7 @@ class Bridge(Calls):
                     raise
             if self._channel is not None:
                 self._channel.abandon()
+                self._channel = None
             await asyncio.sleep(pause)
             pause = min(2 * pause, longest)
 

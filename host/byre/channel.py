@@ -64,8 +64,8 @@ class Channel(asyncio.BufferedProtocol):
 
     @property
     def paused(self) -> bool:
-        """Nothing should be written before `channel_writable`."""
-        return self._full
+        """Nothing should be written before `channel_writable`, or ever."""
+        return self._full or self.transport.is_closing()
 
     def write(self, frames: Iterable[bytes]) -> None:
         self.transport.writelines(frames)

@@ -56,7 +56,7 @@ class LineChannel(Channel):
 
     def resume_writing(self) -> None:
         self._full = False
-        self._pump()
+        self._loop.call_soon(self._pump)
         self.owner.channel_writable()
 
     def connection_lost(self, exc: Exception | None) -> None:
