@@ -6,8 +6,8 @@
     python3 -m byre_guest --serial DEVICE [BAUD]     over a serial line, for one host after the other
     python3 -m byre_guest --listen PATH              over a UNIX socket that hosts dial, one after the other
 
-As an ordinary program it ends with its channel (or when it is told to), and everything that it started with it.  As PID 1 it goes on
-and takes the next connection; when it cannot go on, the VM ends, and the console says why.
+As an ordinary program it ends with its channel, or when it is told to, and everything that it started ends with it.
+As PID 1 it goes on and takes the next connection; when it cannot go on, the VM ends, and the console says why.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from .system import System
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    import socket
     from typing import Any, NoReturn
 
     from .channels import Channel
@@ -66,7 +67,7 @@ class Agent:
         self.server = Server(self.loop, self.reaper, self.logs, self.processes, self._dropped)
         self._channel: Channel | None = None
         self._dial: tuple[int, int] | None = None
-        self._listener = -1
+        self._listener: socket.socket | None = None
         self._redial_in = REDIAL_SECONDS[0]
         self._unsettled = {"system.configure", "process.create"}
         self.server.before_request = self._before_request
@@ -161,15 +162,15 @@ class Agent:
         self.attach(channel, channels.read_secret())
         self._quiet()  # a clone's kernel resets this connection, which makes the agent dial anew
 
-    def listen(self, listener: int) -> None:
+    def listen(self, listener: socket.socket) -> None:
         """Serve the hosts that dial this socket, one after the other."""
         self._listener = listener
-        self.loop.add(listener, EPOLLIN, self._accept)
+        self.loop.add(listener.fileno(), EPOLLIN, lambda _mask: self._accept(listener))
 
-    def _accept(self, _mask: int) -> None:
-        channel = channels.accept(self._listener)
+    def _accept(self, listener: socket.socket) -> None:
+        channel = channels.accept(listener)
         if channel is not None:
-            self.loop.remove(self._listener)
+            self.loop.remove(listener.fileno())
             self.attach(channel)
 
     def _dropped(self) -> None:
@@ -191,7 +192,7 @@ class Agent:
         channel.close()
         if self._dial is not None:
             self.dial(*self._dial)
-        elif self._listener >= 0:
+        elif self._listener is not None:
             self.listen(self._listener)
         else:
             self.loop.stop()
@@ -243,7 +244,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         _run_init()
     arguments = sys.argv[1:] if arguments is None else arguments
     channel: Channel | None = None
-    listener = -1
+    listener: socket.socket | None = None
     if len(arguments) == 2 and arguments[0] == "--fd" and arguments[1].isdigit():
         fd = int(arguments[1])
         channel = channels.Channel(fd, fd)
@@ -264,13 +265,13 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     agent.settle()
     if channel is not None:
         agent.attach(channel)
-    else:
+    if listener is not None:
         agent.listen(listener)
     try:
         agent.run()
     finally:
         agent.close()
-        if listener >= 0:
+        if listener is not None:
             os.unlink(arguments[1])
     sys.exit(0)
 
@@ -284,7 +285,7 @@ def _serial_channel(device: str, baud: str = "") -> Channel:
         sys.exit(f"byre_guest: {error}")
 
 
-def _listen(path: str) -> int:
+def _listen(path: str) -> socket.socket:
     try:
         return channels.listen(path)
     except OSError as error:

@@ -25,6 +25,7 @@ from .loop import EPOLLERR, EPOLLET, EPOLLHUP, EPOLLIN, EPOLLOUT, EPOLLRDHUP
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    import socket
     from collections.abc import Callable
 
     from .loop import Loop
@@ -253,11 +254,11 @@ def redialled(fd: int) -> Channel:
     return channel
 
 
-def listen(path: str) -> int:
-    """A UNIX socket that only this user can dial.  Raises OSError.  Returns its descriptor."""
-    import _socket
+def listen(path: str) -> socket.socket:
+    """A UNIX socket that only this user can dial.  Raises OSError."""
+    import socket  # here: no other channel needs it
 
-    listener = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM | _socket.SOCK_CLOEXEC | _socket.SOCK_NONBLOCK)
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
     mask = os.umask(0o177)
     try:
         listener.bind(path)
@@ -267,20 +268,15 @@ def listen(path: str) -> int:
         raise
     finally:
         os.umask(mask)
-    return listener.detach()
+    return listener
 
 
-def accept(listener_fd: int) -> Channel | None:
+def accept(listener: socket.socket) -> Channel | None:
     """The next host, None when it has gone already."""
-    import _socket
-
-    listener = _socket.socket(fileno=listener_fd)
     try:
-        return redialled(listener._accept()[0])
+        return redialled(listener.accept()[0].detach())
     except OSError:
         return None
-    finally:
-        listener.detach()
 
 
 #: Hosts that wait until the one before them has gone.

@@ -117,15 +117,18 @@ class Bridge(Calls):
             raise
 
     def _new_connection(self, session: Session | None) -> Connection:
-        find = self._bridges
         return Connection(
             first=self._server is None,
             name="byre",
             secret=self._secret,
             session=session,
-            sessions=None if find is None else lambda id: (found := find(id)) and found.session,
+            sessions=self._session_of if self._bridges is not None else None,
             capabilities=frozenset([RESUME] if self._redial or self._bridges else []),
         )
+
+    def _session_of(self, number: bytes) -> Session | None:
+        bridge = self._bridges(number) if self._bridges is not None else None
+        return bridge.session if bridge is not None else None
 
     async def _connect(self, sock: socket.socket) -> None:
         """Shake hands over a socket."""

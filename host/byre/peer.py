@@ -24,7 +24,7 @@ def process_id(sock: socket.socket) -> int:
 
 
 def open_process(sock: socket.socket) -> int:
-    """A pidfd of it, the caller's to close.  Raises ProcessLookupError when it has ended, OSError when not known."""
+    """A pidfd of it, the caller's to close.  Raises OSError when it has ended or is not known here."""
     return os.pidfd_open(process_id(sock))
 
 

@@ -3,8 +3,8 @@
     there:  python3 -m byre_guest --listen /run/agent        (and, from elsewhere, ssh -L ./agent:/run/agent there)
     here:   async with SocketHost("./agent") as host: await host.run(["uname", "-a"])
 
-Rule: the agent is not ours: it goes on after us, and takes the next one.  Its processes go on as well.  A cut of the
-socket is survived; that nobody listens any more is the agent's end.
+Rule: the agent is not ours: it goes on after us, and takes the next one.  Its processes go on as well.  A cut of
+the socket is survived; that nobody listens any more is the agent's end.
 """
 
 from __future__ import annotations

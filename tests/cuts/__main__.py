@@ -5,8 +5,8 @@ them one process after the other is run, whose output and exit code are known.  
 
     bytes=… cuts=… handshake=… header=… payload=… between=… processes=… wrong=0 … seconds=…
 
-The four places say where each direction of each cut connection ended, so they add up to twice the cuts.  Exits with 1
-when the checksums differ, a process was wrong, or the session was lost.
+The four places say where each direction of each cut connection ended, so they add up to twice the cuts.  Exits with
+1 when the checksums differ, a process was wrong, or the session was lost.
 """
 
 from __future__ import annotations
@@ -35,9 +35,7 @@ async def exchange(host: SocketHost, proxy: CuttingProxy, size: int, cuts: int, 
     block = bytearray(random.Random(seed).randbytes(BLOCK))
     sent, received = hashlib.sha256(), hashlib.sha256()
     total = came = 0
-    async with await host.create_process(
-        ProcessParameters(args=["cat"], stdin=True, stdout=True)
-    ) as process:
+    async with await host.create_process(ProcessParameters(args=["cat"], stdin=True, stdout=True)) as process:
         stdin, stdout = process.stdio.stdin, process.stdio.stdout
         assert stdin is not None and stdout is not None
 
