@@ -7,10 +7,10 @@ r"""What a keeper does with its clients' frames: passes them on to the guest's a
 Rule: the relay holds no more of a stream than its window (see `passage`), so a client that does not read stops its
 own processes and nothing else (B3).  A reply never comes after an event that followed it.
 
-A client whose channel is cut has not gone: it may come back over another one, for RESUME_SECONDS, unless its process
-has ended.  When a client goes, its calls are cancelled, and what it had started goes on (B43): the streams are *held*,
-not closed, so a process that writes stands still when its window is full rather than die of SIGPIPE.  A client that
-said `vm.tie` wants it otherwise: its processes, with their trees, are killed when it goes.
+A client whose channel is cut has not gone: it may come back over another one, for RESUME_SECONDS, unless its
+process has ended.  When a client goes, its calls are cancelled, and what it had started goes on (B43): the streams
+are *held*, not closed, so a process that writes stands still when its window is full rather than die of SIGPIPE.  A
+client that said `vm.tie` wants it otherwise: its processes, with their trees, are killed when it goes.
 """
 
 from __future__ import annotations

@@ -24,6 +24,9 @@ from byre_proto.frames import HEADER, HEADER_SIZE, HELLO
 
 READ_SIZE = 256 * 1024
 
+#: More bytes than a handshake has: the first one is spared, for before it there is no session that could go on.
+FIRST_HANDSHAKE = 1000
+
 #: Where a direction can be when it is cut.
 PLACES = ("handshake", "header", "payload", "between")
 
@@ -70,9 +73,9 @@ class Frames:
 class Plan:
     """Where the next cut is: after `after` bytes of one direction; with `aim` >= 0 so far into its next frame."""
 
-    def __init__(self, chance: random.Random, mean: int) -> None:
+    def __init__(self, chance: random.Random, mean: int, spared: int) -> None:
         self.way = chance.randrange(2)
-        self.after = chance.randrange(2 * mean) + 1
+        self.after = spared + chance.randrange(2 * mean) + 1
         self.aim = chance.randrange(HEADER_SIZE) if chance.random() < 0.5 else -1
         self.reached = False  # that next frame
 
@@ -142,7 +145,9 @@ class CuttingProxy:
         with socket.socket(socket.AF_UNIX) as far, contextlib.suppress(OSError):
             far.connect(self._target)
             self.connections += 1
-            _Link(self, near, far).run(Plan(self._chance, self._mean) if self._mean else None, self._asked)
+            spared = 0 if self.cuts else FIRST_HANDSHAKE
+            plan = Plan(self._chance, self._mean, spared) if self._mean else None
+            _Link(self, near, far).run(plan, self._asked)
 
     def note(self, frames: list[Frames]) -> None:
         """A connection is being cut."""
