@@ -320,6 +320,7 @@ class Bridge(Calls):
             self._resting = self.background(self._wait_for_another(cause, self._opened))
         elif self._opened is not None and not self._opened.done():  # in a handshake: the next attempt, then
             self._opened.set_exception(ChannelEnded("the channel ended in the handshake"))
+            self._opened.exception()  # perhaps nobody awaits it yet
 
     async def _wait_for_another(self, cause: Exception | None, opened: asyncio.Future[None]) -> None:
         """Until another channel carries the session on; or the peer is known to be gone, or the time is over."""
@@ -396,6 +397,7 @@ class Bridge(Calls):
         self._lost.set()
         if self._opened is not None and not self._opened.done():
             self._opened.set_exception(self._lost_error())
+            self._opened.exception()  # perhaps nobody awaits it
         self.lose_calls(self._lost_error)
         for reader in self.readers.values():
             reader.fail(self._lost_error())
