@@ -1,4 +1,4 @@
-"""`SocketHost`: an agent that listens on a UNIX socket, on this machine or behind a tunnel that ends in one.
+"""`SocketHost`: an agent that listens on a UNIX socket, on this machine or behind a tunnel that begins in one.
 
     there:  python3 -m byre_guest --listen /run/agent        (and, from elsewhere, ssh -L ./agent:/run/agent there)
     here:   async with SocketHost("./agent") as host: await host.run(["uname", "-a"])
