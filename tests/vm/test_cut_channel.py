@@ -1,13 +1,15 @@
 """A VM's channel that is cut again and again, in the midst of a stream: it goes on, or ends with an error; no hang.
 
 On vsock the session goes on.  A virtio-serial port has no connections, and QEMU's end of it stays open: there the
-session ends, and the next one finds the port as good as new.
+session ends, and the next one finds the port as good as new.  When QEMU's own end is cut, the VM cannot be reached
+any more, and says so.
 """
 
 from __future__ import annotations
 
 import asyncio
 import random
+import socket
 from typing import Any
 
 import pytest
@@ -52,6 +54,7 @@ async def goes_on(bridge: Bridge) -> None:
 
 async def begins_anew(bridge: Bridge, machine: Any) -> None:
     for _ in range(CUTS):
+        bridge.explain = None  # the machine will have nothing to say
         process = await start_process(bridge, ProcessParameters(args=["cat", "/dev/zero"], stdout=True))
         assert process.stdio.stdout is not None and bridge._channel is not None
         await asyncio.wait_for(process.stdio.stdout.readexactly(100_000), SOON)
@@ -63,4 +66,8 @@ async def begins_anew(bridge: Bridge, machine: Any) -> None:
         bridge = await _open(machine, SOON)
     listed = (await bridge.call("process.list", timeout=SOON))["processes"]
     assert len(listed) <= CUTS
+    waiting = asyncio.create_task(bridge.call("process.wait", timeout=None, process=listed[-1]["process"]))
+    machine._transport._host.shutdown(socket.SHUT_RDWR)  # QEMU's own end: nobody can have it again
+    with pytest.raises(ConnectionLost):
+        await asyncio.wait_for(waiting, SOON)
     await bridge.close()
