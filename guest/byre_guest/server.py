@@ -227,12 +227,17 @@ class Server:
                 channel.write(buffers)
         except OSError as error:
             self.logs.log(DEBUG, f"the channel broke: {error}")
-            channel.readable = channel.resumable  # the host's last word may be there: an end in order is no cut
-            while channel.readable and connection.connected:
-                self.on_channel()
+            if channel.resumable:
+                self._hear_out(connection, channel)
             self._ended = True
             connection.receive_eof()
         return False
+
+    def _hear_out(self, connection: Connection, channel: Channel) -> None:
+        """The host takes nothing more.  Its last word may be there: an end in order is no cut."""
+        channel.readable = True
+        while channel.readable and connection.connected:
+            self.on_channel()
 
     # -- events and calls ----------------------------------------------------------------------------------
 

@@ -128,6 +128,7 @@ async def attach(name: str = DEFAULT, timeout: float = ATTACH_TIMEOUT) -> tuple[
             again = rundir.connect(name)
         except VMNotFound as error:
             raise ConnectionLost(f"the keeper of {name!r} has ended") from error
+        _peer(again)
         again.setblocking(False)
         return again
 
