@@ -21,6 +21,7 @@ from byre_proto import events
 from byre_proto.connection import RESUME, ChannelEnded, Connection
 from byre_proto.limits import RESUME_SECONDS
 
+from . import resumption
 from .calls import Calls, Result
 from .channel import CLOSE_GRACE, SEND_BUFFER, WRITE_BATCH, Channel, Owner
 from .errors import ByreError, ConnectionLost, DeadlineExceeded, NotSupported, StreamReset
@@ -35,10 +36,6 @@ MAX_BACKLOG = 2 * WRITE_BATCH
 
 #: How long a machine's own word for its end is awaited after its channel ended, in seconds (B42: within one).
 EXPLAIN_GRACE = 0.5
-
-#: Between two attempts to carry a session on, growing from the first to the second, and for each of them; seconds.
-REDIAL_PAUSE = (0.01, 1.0)
-REDIAL_TIMEOUT = 10.0
 
 #: The field by which events find their subscriber.
 _KEYS = {"process.exit": "process", "container.exit": "container", "container.oom": "container"}
@@ -288,7 +285,7 @@ class Bridge(Calls):
 
     def channel_lost(self, error: Exception | None) -> None:
         if self._loss is None and self.resumable:
-            self._rest(error)
+            self._rest()
             return
         if self.explain is not None and self._loss is None:
             self.background(self._lose_explained(self.explain(), error))
@@ -312,59 +309,36 @@ class Bridge(Calls):
         """Whether a cut would be survived."""
         return self.session.outbox.keep_for_replay
 
-    def _rest(self, cause: Exception | None) -> None:
+    def _rest(self) -> None:
         """Without a channel: what is said meanwhile waits in the session."""
         self._channel = None
         if self._resting is None:
             self._opened = asyncio.get_running_loop().create_future()
-            self._resting = self.background(self._wait_for_another(cause, self._opened))
+            self._resting = self.background(self._wait_for_another(self._opened))
         elif self._opened is not None and not self._opened.done():  # in a handshake: the next attempt, then
             self._opened.set_exception(ChannelEnded("the channel ended in the handshake"))
             self._opened.exception()  # perhaps nobody awaits it yet
 
-    async def _wait_for_another(self, cause: Exception | None, opened: asyncio.Future[None]) -> None:
-        """Until another channel carries the session on; or the peer is known to be gone, or the time is over."""
-        reason = f"the channel to the guest ended, and no other one came within {self.resume_seconds:g} s"
-        tasks = [asyncio.ensure_future(self._redial_until_open() if self._redial else opened)]
-        if self.explain is not None:
-            tasks.append(asyncio.ensure_future(self._raise_explained(self.explain())))
+    async def _wait_for_another(self, opened: asyncio.Future[None]) -> None:
+        """Until another channel carries the session on, or it is lost."""
+        coming = resumption.until_open(self._attempt) if self._redial else opened
+        error = await resumption.why_not(coming, self.explain() if self.explain else None, self.resume_seconds)
+        if self._resting is asyncio.current_task():
+            self._resting = None
+            self._lose(error, error.message if isinstance(error, ByreError) else str(error))
+
+    async def _attempt(self) -> None:
+        """Carry the session on over a new channel."""
+        assert self._redial is not None, "who asks has it"
+        sock = await self._redial()
+        self._connection = self._new_connection(self.session)
         try:
-            await asyncio.wait(tasks, timeout=self.resume_seconds, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.wait(tasks)
-            errors = [task.exception() for task in tasks if not task.cancelled()]
-        if self._resting is not asyncio.current_task():
-            return
-        self._resting = None
-        for error in errors:
-            if isinstance(error, Exception):
-                cause, reason = error, error.message if isinstance(error, ByreError) else str(error)
-        self._lose(cause, reason)
-
-    async def _raise_explained(self, explanation: Awaitable[str]) -> None:
-        raise ConnectionLost(await explanation)
-
-    async def _redial_until_open(self) -> None:
-        """Raises the ByreError that says why the session cannot go on."""
-        assert self._redial is not None
-        pause, longest = REDIAL_PAUSE
-        while True:
-            try:
-                async with asyncio.timeout(REDIAL_TIMEOUT):
-                    sock = await self._redial()
-                    self._connection = self._new_connection(self.session)
-                    await self._connect(sock)
-                return
-            except OSError as error:
-                if isinstance(error, ByreError) and not isinstance(error, ChannelEnded):
-                    raise
+            await self._connect(sock)
+        except BaseException:
             if self._channel is not None:
                 self._channel.abandon()
                 self._channel = None
-            await asyncio.sleep(pause)
-            pause = min(2 * pause, longest)
+            raise
 
     def _whose(self, event: events.Connected) -> Bridge:
         """The bridge whose session the peer goes on with: this one, or one that this one hands its channel to."""
