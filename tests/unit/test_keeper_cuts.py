@@ -91,7 +91,7 @@ async def start(client: SocketHost, *args: str, **streams: bool) -> GuestProcess
 
 async def test_bytes_pass_a_keeper_whole_however_often_the_client_is_cut_off(tmp_path: Path) -> None:
     data = random.Random(7).randbytes(10_000_000)
-    async with setting(tmp_path, mean=100_000) as world, world.client() as client:
+    async with setting(tmp_path, mean=30_000) as world, world.client() as client:
         async with asyncio.timeout(3 * SOON):
             result = await client.run(["cat"], input=data, capture_output=True)
         assert result.stdout == data and result.returncode == 0

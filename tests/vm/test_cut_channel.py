@@ -39,13 +39,15 @@ async def goes_on(bridge: Bridge) -> None:
     process = await start_process(bridge, ProcessParameters(args=["cat"], stdin=True, stdout=True))
     stdin, stdout = process.stdio.stdin, process.stdio.stdout
     assert stdin is not None and stdout is not None
-    for _ in range(CUTS):
+    cuts = 0
+    while cuts < CUTS:
         data = chance.randbytes(chance.randrange(1, 100_000))
         stdin.write(data)
         reading = asyncio.create_task(stdout.readexactly(len(data)))
         await asyncio.wait([reading], timeout=chance.random() / 100)
         if bridge._channel is not None:
             bridge._channel.transport.abort()
+            cuts += 1
         assert await asyncio.wait_for(reading, SOON) == data
     stdin.close()
     assert (await asyncio.wait_for(process.wait(), SOON)).code == 0
