@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
+import socket
 import sys
 import tempfile
 from collections.abc import AsyncIterator
@@ -27,7 +27,7 @@ async def listening_agent(path: str, resume_seconds: float = 30.0) -> AsyncItera
         *(sys.executable, "-c", _PROGRAM, str(resume_seconds), "--listen", path), stdout=asyncio.subprocess.DEVNULL
     )
     try:
-        while not os.path.exists(path):
+        while not _listens(path):
             assert agent.returncode is None, "the agent did not start"
             await asyncio.sleep(0.005)
         yield agent
@@ -35,6 +35,11 @@ async def listening_agent(path: str, resume_seconds: float = 30.0) -> AsyncItera
         with contextlib.suppress(ProcessLookupError):
             agent.terminate()
         await agent.wait()
+
+
+def _listens(path: str) -> bool:
+    with socket.socket(socket.AF_UNIX) as probe:
+        return probe.connect_ex(path) == 0
 
 
 @contextlib.asynccontextmanager
