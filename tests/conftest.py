@@ -158,7 +158,7 @@ def place(request: pytest.FixtureRequest) -> str:
 @pytest.fixture
 def host(place: str, request: pytest.FixtureRequest) -> Any:
     """A `ProcessHost` for each place of this run."""
-    names = {"local": "local_host", "sync": "sync_host", "line": "line_host"}
+    names = {"local": "local_host", "sync": "sync_host", "line": "line_host", "cut": "cut_host"}
     return request.getfixturevalue("container" if place.endswith("/container") else names.get(place, "vm"))
 
 
@@ -184,6 +184,15 @@ async def line_host(request: pytest.FixtureRequest) -> AsyncIterator[Any]:
     from .bad_line import line_host
 
     async with line_host(rate=1e-3, seed=zlib.crc32(request.node.name.encode())) as (host, _):
+        yield host
+
+
+@pytest.fixture
+async def cut_host(request: pytest.FixtureRequest) -> AsyncIterator[Any]:
+    """An agent on a socket, the way to it cut every 20 kB each way, in each test elsewhere."""
+    from .cuts.agent import cut_host
+
+    async with cut_host(mean=20_000, seed=zlib.crc32(request.node.name.encode())) as (host, _, _):
         yield host
 
 

@@ -41,6 +41,7 @@ from .session import Session
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from typing import Any
 
 #: Versions that this code speaks, lowest and highest.
@@ -96,8 +97,9 @@ class Connection:
     """See the module's text.
 
     `first` is the side that opened the channel (the host).  `session` is the one to resume; on the second side
-    `.session` is another object once Connected is reported for a session that it did not know.  `secret` must be
-    the same bytes on both sides, or None on both.
+    `.session` is another object once Connected is reported for a session that it did not know.  A second side that
+    has several sessions gives `sessions`, which finds one by its id.  `secret` must be the same bytes on both
+    sides, or None on both.
     """
 
     def __init__(
@@ -107,6 +109,7 @@ class Connection:
         name: str,
         secret: bytes | None = None,
         session: Session | None = None,
+        sessions: Callable[[bytes], Session | None] | None = None,
         capabilities: frozenset[str] = frozenset(),
         nonce: bytes | None = None,
         versions: tuple[int, int] = VERSIONS,
@@ -115,6 +118,7 @@ class Connection:
         self.close_due = False
         self.error: ByreError | None = None
         self._first = first
+        self._sessions = sessions
         self._name = name
         self._secret = secret
         self._capabilities = capabilities
@@ -325,6 +329,9 @@ class Connection:
 
     def _adopt(self, session_id: bytes) -> bool:
         """The first side chooses the session: whether it is the one that we have; else ours is a fresh one."""
+        found = self._sessions(session_id) if self._sessions is not None else None
+        if found is not None:
+            self.session = found
         known = self.session.begun and self.session.id == session_id
         if self.session.begun and not known:
             self.session = Session(first=False)

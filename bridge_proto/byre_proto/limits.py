@@ -60,6 +60,10 @@ MAX_LOG_BACKLOG = 256 * 1024
 #: before it acknowledges is far less, so only one that never acknowledges meets this.
 MAX_REPLAY = WINDOW_POOL + MAX_STREAMS * INITIAL_WINDOW + MAX_CONTROL_BACKLOG
 
+#: Seconds without a connection after which a side gives a session up, and with it all that waits: what a pulled
+#: plug or a terminal server that starts anew takes.  What is known to be gone is not waited for.
+RESUME_SECONDS = 30.0
+
 #: Bytes thrown away while looking for the preface: a serial console's whole boot log fits, a flood does not.
 MAX_NOISE = 16 * 1024 * 1024
 

@@ -4,9 +4,10 @@
     python3 -m byre_guest --fd N          over an inherited socket, N
     python3 -m byre_guest --stdio         over stdin and stdout (SSH)
     python3 -m byre_guest --serial DEVICE [BAUD]     over a serial line, for one host after the other
+    python3 -m byre_guest --listen PATH              over a UNIX socket that hosts dial, one after the other
 
-As an ordinary program it ends with its channel, and everything that it started ends with it.  As PID 1 it goes on
-and takes the next connection; when it cannot go on, the VM ends, and the console says why.
+As an ordinary program it ends with its channel, or when it is told to, and everything that it started ends with it.
+As PID 1 it goes on and takes the next connection; when it cannot go on, the VM ends, and the console says why.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from byre_proto.errors import NotSupported
 from byre_proto.messages import QUIET
 
 from . import channels, init, linux, logs, spawn, trees
-from .loop import EPOLLHUP, Loop
+from .loop import EPOLLHUP, EPOLLIN, Loop
 from .processes import Processes
 from .reaper import Reaper
 from .server import Server
@@ -29,6 +30,7 @@ from .system import System
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    import socket
     from typing import Any, NoReturn
 
     from .channels import Channel
@@ -65,6 +67,7 @@ class Agent:
         self.server = Server(self.loop, self.reaper, self.logs, self.processes, self._dropped)
         self._channel: Channel | None = None
         self._dial: tuple[int, int] | None = None
+        self._listener: socket.socket | None = None
         self._redial_in = REDIAL_SECONDS[0]
         self._unsettled = {"system.configure", "process.create"}
         self.server.before_request = self._before_request
@@ -159,6 +162,17 @@ class Agent:
         self.attach(channel, channels.read_secret())
         self._quiet()  # a clone's kernel resets this connection, which makes the agent dial anew
 
+    def listen(self, listener: socket.socket) -> None:
+        """Serve the hosts that dial this socket, one after the other."""
+        self._listener = listener
+        self.loop.add(listener.fileno(), EPOLLIN, lambda _mask: self._accept(listener))
+
+    def _accept(self, listener: socket.socket) -> None:
+        channel = channels.accept(listener)
+        if channel is not None:
+            self.loop.remove(listener.fileno())
+            self.attach(channel)
+
     def _dropped(self) -> None:
         """The connection is over."""
         channel = self._channel
@@ -176,10 +190,12 @@ class Agent:
             return
         self._channel = None
         channel.close()
-        if self._dial is None:
-            self.loop.stop()
-        else:
+        if self._dial is not None:
             self.dial(*self._dial)
+        elif self._listener is not None:
+            self.listen(self._listener)
+        else:
+            self.loop.stop()
 
     def _on_signal(self, number: int) -> None:
         if self.timeline is not None:
@@ -227,9 +243,13 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     if os.getpid() == 1:
         _run_init()
     arguments = sys.argv[1:] if arguments is None else arguments
+    channel: Channel | None = None
+    listener: socket.socket | None = None
     if len(arguments) == 2 and arguments[0] == "--fd" and arguments[1].isdigit():
         fd = int(arguments[1])
         channel = channels.Channel(fd, fd)
+    elif len(arguments) == 2 and arguments[0] == "--listen":
+        listener = _listen(arguments[1])
     elif arguments == ["--stdio"]:
         channel = channels.Channel(os.dup(0), os.dup(1))
         null = os.open(os.devnull, os.O_RDWR)
@@ -238,16 +258,21 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     elif 2 <= len(arguments) <= 3 and arguments[0] == "--serial":
         channel = _serial_channel(*arguments[1:])
     else:
-        sys.exit("usage: byre_guest --fd N | --stdio | --serial DEVICE [BAUD]")
+        sys.exit("usage: byre_guest --fd N | --stdio | --serial DEVICE [BAUD] | --listen PATH")
     own_descriptors()
     os.umask(0o022)
     agent = Agent()
     agent.settle()
-    agent.attach(channel)
+    if channel is not None:
+        agent.attach(channel)
+    if listener is not None:
+        agent.listen(listener)
     try:
         agent.run()
     finally:
         agent.close()
+        if listener is not None:
+            os.unlink(arguments[1])
     sys.exit(0)
 
 
@@ -258,6 +283,13 @@ def _serial_channel(device: str, baud: str = "") -> Channel:
         return serial_line.open_tty(device, baud)
     except (OSError, ValueError) as error:
         sys.exit(f"byre_guest: {error}")
+
+
+def _listen(path: str) -> socket.socket:
+    try:
+        return channels.listen(path)
+    except OSError as error:
+        sys.exit(f"byre_guest: {path}: {error.strerror}")
 
 
 def own_descriptors() -> None:

@@ -1,6 +1,7 @@
 """The one byte stream between the agent and its host, whatever it is.
 
     fd             a socketpair, or stdin and stdout: ends with its EOF
+    socket         the host dials a UNIX socket, again after each end
     virtio-serial  the port named PORT_NAME: has no connections; read() == 0 means that no host is there now
     vsock          the agent dials the host, again after each end
     serial         a line that has no connections and loses bytes: `serial_line`
@@ -20,10 +21,11 @@ from time import monotonic, sleep
 from byre_proto.deques import deque
 from byre_proto.limits import MAX_DATA
 
-from .loop import EPOLLET, EPOLLIN, EPOLLOUT
+from .loop import EPOLLERR, EPOLLET, EPOLLHUP, EPOLLIN, EPOLLOUT, EPOLLRDHUP
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    import socket
     from collections.abc import Callable
 
     from .loop import Loop
@@ -67,6 +69,7 @@ class Channel:
 
     room = SEND_SIZE
     max_data = MAX_DATA
+    resumable = False  # another one to the same host can follow it, without a loss
 
     def __init__(self, read_fd: int, write_fd: int, *, port: bool = False) -> None:
         self.read_fd = read_fd
@@ -74,6 +77,7 @@ class Channel:
         self.port = port
         self.readable = True
         self.writable = True
+        self._ended = False  # the other end has closed it: nothing but the rest is to come, without another edge
         self._room_wanted = port  # of a port, room also means that a host has come
         self._loop: Loop | None = None
         self._buffer = memoryview(bytearray(READ_SIZE))
@@ -88,6 +92,7 @@ class Channel:
         def ready(mask: int) -> None:
             if mask & ~EPOLLOUT:
                 self.readable = True
+                self._ended = bool(mask & (EPOLLHUP | EPOLLERR | EPOLLRDHUP)) and not self.port
             if mask & EPOLLOUT:
                 self.writable = True
                 self._want_room(False)
@@ -95,11 +100,12 @@ class Channel:
 
         self._loop = loop
         if self.write_fd != self.read_fd:
-            loop.add(self.read_fd, EPOLLIN | EPOLLET, ready)
+            loop.add(self.read_fd, EPOLLIN | EPOLLRDHUP | EPOLLET, ready)
         loop.add(self.write_fd, self._mask(), ready)
 
     def _mask(self) -> int:
-        return EPOLLET | (EPOLLIN if self.write_fd == self.read_fd else 0) | (EPOLLOUT if self._room_wanted else 0)
+        reading = EPOLLIN | EPOLLRDHUP if self.write_fd == self.read_fd else 0
+        return EPOLLET | reading | (EPOLLOUT if self._room_wanted else 0)
 
     def _want_room(self, wanted: bool) -> None:
         """Be told of room only while it is missing: a socket has it anew after each of the peer's reads."""
@@ -112,7 +118,7 @@ class Channel:
         count = self._read(self._pieces)
         if count is None:
             return None
-        if not count or (count < READ_SIZE and not self.port):
+        if not count or (count < READ_SIZE and not self.port and not self._ended):
             self.readable = False  # it was empty; what comes later is a new edge
         while self.readable and count < READ_SIZE:
             rest = self._buffer[count:]
@@ -238,9 +244,43 @@ def dial(cid: int, port: int) -> Channel:
     except BaseException:
         connection.close()
         raise
-    fd = connection.detach()
-    return Channel(fd, fd)
+    return redialled(connection.detach())
 
+
+def redialled(fd: int) -> Channel:
+    """A connected socket that can be had again."""
+    channel = Channel(fd, fd)
+    channel.resumable = True
+    return channel
+
+
+def listen(path: str) -> socket.socket:
+    """A UNIX socket that only this user can dial.  Raises OSError."""
+    import socket  # here: no other channel needs it
+
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+    mask = os.umask(0o177)
+    try:
+        listener.bind(path)
+        listener.listen(BACKLOG)
+    except BaseException:
+        listener.close()
+        raise
+    finally:
+        os.umask(mask)
+    return listener
+
+
+def accept(listener: socket.socket) -> Channel | None:
+    """The next host, None when it has gone already."""
+    try:
+        return redialled(listener.accept()[0].detach())
+    except OSError:
+        return None
+
+
+#: Hosts that wait until the one before them has gone.
+BACKLOG = 16
 
 #: The host listens before it starts the VM, so it answers at once or not at all.  The loop has nothing else to do.
 DIAL_SECONDS = 2.0

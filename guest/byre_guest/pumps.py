@@ -179,8 +179,9 @@ class FromPipe:
         self._hung_up = False
         self._carried = 0
         self.bulk = False
-        #: Whether it is bulk is not asked any more.  Nothing is, where the channel's frames are small.
-        self._settled = terminal or pumps.channel.max_data < limits.MAX_DATA
+        #: Whether it is bulk is not asked any more.  Nothing is, where the channel's frames are small, or kept.
+        kept = pumps.session.outbox.keep_for_replay
+        self._settled = terminal or kept or pumps.channel.max_data < limits.MAX_DATA
         self._grown = 0
         os.set_blocking(fd, False)
         pumps.add(self)

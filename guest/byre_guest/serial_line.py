@@ -32,6 +32,7 @@ class LineChannel(Channel):
     """
 
     max_data = MAX_DATA
+    resumable = True
 
     def __init__(self, fd: int) -> None:
         super().__init__(fd, fd)

@@ -6,14 +6,17 @@
 A handler that raises a `ByreError` fails the call with it.  Any other exception becomes the code "internal", its
 traceback goes to the log, and the agent goes on.
 
-Rule: a connection that ends takes its calls and streams with it, never a process or a container.
+Rule: a session that ends takes its calls and streams with it, never a process or a container.  It ends with its
+connection, unless the channel was only cut and another one can be had: then calls, streams and pumps stay, rest,
+and go on over the next connection that is for this session (WIRE.md, section 7), for RESUME_SECONDS at most.
 """
 
 from __future__ import annotations
 
 from byre_proto import events
-from byre_proto.connection import Connection
+from byre_proto.connection import RESUME, ChannelEnded, Connection, SessionLost
 from byre_proto.errors import ByreError, Cancelled, DeadlineExceeded, NotSupported
+from byre_proto.limits import RESUME_SECONDS
 
 from . import VERSION
 from .logs import DEBUG
@@ -84,7 +87,7 @@ class Call:
         if self._timer is not None:
             self._timer.cancel()
         self.server.calls.pop(self.number, None)
-        return self.server.connected and self._session is self.server.session
+        return self.server.keeps(self._session)
 
 
 class Server:
@@ -104,7 +107,9 @@ class Server:
         self._on_drop = on_drop
         self._channel: Channel | None = None
         self._connection: Connection | None = None
-        self._pumps: Pumps | None = None
+        self._pumps: Pumps | None = None  # of the session that there is, with a connection or without one
+        self._carried = False  # the present connection carries it
+        self._patience: Timer | None = None  # with which it waits for its next connection
         self._ended = False  # nobody is there to take what is left to send
         loop.end_round = self._end_round
 
@@ -112,9 +117,13 @@ class Server:
 
     @property
     def session(self) -> Session:
-        """Of the present connection."""
-        assert self._connection is not None, "a call or an event comes over a connection"
-        return self._connection.session
+        """Of the present host."""
+        assert self._pumps is not None, "a call comes in a session"
+        return self._pumps.session
+
+    def keeps(self, session: Session) -> bool:
+        """Whether this is the session that there is, although perhaps without a connection now."""
+        return self._pumps is not None and self._pumps.session is session
 
     @property
     def connected(self) -> bool:
@@ -122,12 +131,16 @@ class Server:
         return self._connection is not None
 
     def connect(self, channel: Channel, secret: bytes | None) -> None:
-        """Begin a fresh session over the channel, and greet the host at once."""
+        """Begin a connection over the channel, and greet the host at once."""
         self._channel = channel
-        self._connection = Connection(first=False, name=f"byre-guest {VERSION}", secret=secret)
-        self.session.max_data = channel.max_data
-        self._pumps = None
-        self._ended = False
+        self._connection = Connection(
+            first=False,
+            name=f"byre-guest {VERSION}",
+            secret=secret,
+            session=self._pumps.session if self._pumps is not None else None,
+            capabilities=frozenset([RESUME] if channel.resumable else []),
+        )
+        self._carried = self._ended = False
         self._end_round()
 
     def on_channel(self) -> None:
@@ -158,10 +171,21 @@ class Server:
             self.session.event(name, fields)
 
     def _drop(self) -> None:
-        """The connection is over."""
+        """The connection is over.  One that never carried the session changes nothing for it."""
+        connection, self._connection = self._connection, None
+        if self._carried and self._pumps is not None and connection is not None:
+            self._carried = False
+            if self.session.outbox.keep_for_replay and isinstance(connection.error, ChannelEnded):
+                self._patience = self.loop.call_later(RESUME_SECONDS, self._give_up)
+            else:
+                self._give_up()
+        self._on_drop()
+
+    def _give_up(self) -> None:
+        """The session is over."""
         pumps, self._pumps = self._pumps, None
+        self._stop_waiting()
         calls = list(self.calls.values())
-        self._connection = None
         self.logs.disconnected()
         if pumps is not None:
             pumps.close()
@@ -171,11 +195,22 @@ class Server:
         for call in calls:
             call.give_up(Cancelled("the host has gone"))
         self.calls.clear()
-        self._on_drop()
+        connection = self._connection
+        if connection is not None and pumps is not None and connection.session is pumps.session:
+            connection.close(SessionLost("the session was given up", hint="connect anew"))
+            self._ended = True  # a handshake that was about to go on with it; the next one is without it
+
+    def _stop_waiting(self) -> None:
+        if self._patience is not None:
+            self._patience.cancel()
+            self._patience = None
 
     def _end_round(self) -> None:
         """Send what there is to send, and what the pumps then read."""
-        connection, channel, pumps = self._connection, self._channel, self._pumps
+        connection, channel = self._connection, self._channel
+        if self._patience is not None and self._pumps is not None and self._pumps.session.outbox.choked:
+            self._give_up()  # nobody reads what all happens
+        pumps = self._pumps if self._carried else None
         if connection is None or channel is None:
             return
         if self._send(connection, channel) and pumps is not None and pumps.ready:
@@ -196,9 +231,17 @@ class Server:
                 channel.write(buffers)
         except OSError as error:
             self.logs.log(DEBUG, f"the channel broke: {error}")
+            if channel.resumable:
+                self._hear_out(connection, channel)
             self._ended = True
             connection.receive_eof()
         return False
+
+    def _hear_out(self, connection: Connection, channel: Channel) -> None:
+        """The host takes nothing more.  Its last word may be there: an end in order is no cut."""
+        channel.readable = True
+        while channel.readable and connection.connected:
+            self.on_channel()
 
     # -- events and calls ----------------------------------------------------------------------------------
 
@@ -213,9 +256,21 @@ class Server:
             if call is not None:
                 call.give_up(Cancelled(f"{call.method} was cancelled"))
         elif isinstance(event, events.Connected):
-            assert self._channel is not None, "a connection has one"
-            self._pumps = self.processes.pumps = Pumps(self.loop, self.session, self._channel)
-            self.logs.connected(self.session)
+            self._on_connected(event.resumed)
+
+    def _on_connected(self, resumed: bool) -> None:
+        """Go on with the session that there is, or begin a fresh one in its place."""
+        channel, connection = self._channel, self._connection
+        assert channel is not None and connection is not None, "it is what has connected"
+        if not resumed and self._pumps is not None:
+            self._give_up()
+        self._stop_waiting()
+        connection.session.max_data = channel.max_data
+        if self._pumps is None:
+            self._pumps = self.processes.pumps = Pumps(self.loop, connection.session, channel)
+            self.logs.connected(connection.session)
+        self._pumps.channel = channel
+        self._carried = True
 
     def _on_request(self, request: events.RequestReceived) -> None:
         call = self.calls[request.call] = Call(self, request)

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from .process import GuestProcess
     from .run import DEVNULL, PIPE, STDOUT, CompletedProcess
     from .serialhost import SerialHost
+    from .sockethost import SocketHost
     from .vm import UtilityVM
 
 _MODULES = {
@@ -55,6 +56,7 @@ _MODULES = {
     "Resources": "parameters",
     "STDOUT": "run",
     "SerialHost": "serialhost",
+    "SocketHost": "sockethost",
     "Stdio": "cow",
     "UpdateResources": "parameters",
     "UtilityVM": "vm",
@@ -88,6 +90,7 @@ __all__ = [
     "PublishedPort",
     "Resources",
     "SerialHost",
+    "SocketHost",
     "Stdio",
     "UpdateResources",
     "UtilityVM",

@@ -121,7 +121,8 @@ def _shown(console: str) -> str:
 async def _open(machine: Machine, timeout: float) -> Bridge:
     sock = await machine.connect()
     channel = partial(LineChannel, noise=machine.on_noise) if machine.lossy else Channel
-    bridge = Bridge(sock, label=machine.id, secret=machine.secret, channel=channel)
+    redial = machine.connect if machine.redialled else None
+    bridge = Bridge(sock, label=machine.id, secret=machine.secret, channel=channel, redial=redial)
 
     async def last_words() -> str:
         return str(await machine.wait())

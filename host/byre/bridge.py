@@ -1,7 +1,9 @@
 """The asyncio shell around `byre_proto.Connection`: one connected socket, many calls (`calls`), streams and events.
 
 Rule: protocol decisions are the core's, this moves bytes and wakes tasks.  Everything that waits here ends with a
-result, its deadline, its cancellation, or the loss of the connection, which is published once (B42).
+result, its deadline, its cancellation, or the loss of the connection, which is published once (B42).  A channel
+that was only cut is no loss where another one can carry the session on: then the bridge *rests*, for
+RESUME_SECONDS at most, and what waits goes on waiting (WIRE.md, section 7).
 Nothing here knows of machines, containers or processes.
 
 All methods belong to the event loop in which `open` ran.
@@ -16,8 +18,10 @@ from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any
 
 from byre_proto import events
-from byre_proto.connection import ChannelEnded, Connection
+from byre_proto.connection import RESUME, ChannelEnded, Connection
+from byre_proto.limits import RESUME_SECONDS
 
+from . import resumption
 from .calls import Calls, Result
 from .channel import CLOSE_GRACE, SEND_BUFFER, WRITE_BATCH, Channel, Owner
 from .errors import ByreError, ConnectionLost, DeadlineExceeded, NotSupported, StreamReset
@@ -46,6 +50,11 @@ class Bridge(Calls):
 
     With `server` it is the other side, which is asked: each request, and each cancellation of one, is given to it,
     to be answered once by `reply` or `refuse`.  `channel` is what the bytes of the socket pass through.
+
+    A cut is survived where the peer can survive it, too, and there is a way to another channel: `redial` gives a
+    connected socket, raises OSError when there is none now, and a ByreError when there will be none.  A server has
+    `bridges`, which finds the one that has a session: a bridge whose peer goes on with another's session hands its
+    channel over to that one, and is nothing from then on (`handed_over`).
     """
 
     def __init__(
@@ -56,6 +65,8 @@ class Bridge(Calls):
         secret: bytes | None = None,
         server: Server | None = None,
         channel: Callable[[Owner], Channel] = Channel,
+        redial: Callable[[], Awaitable[socket.socket]] | None = None,
+        bridges: Callable[[bytes], Bridge | None] | None = None,
     ) -> None:
         super().__init__()
         self.label = label
@@ -64,10 +75,16 @@ class Bridge(Calls):
         self.peer = ""
         #: Where set: says why the channel ended, in the words of whoever knows (the machine).
         self.explain: Callable[[], Awaitable[str]] | None = None
+        self.handed_over = False
+        self.resume_seconds = RESUME_SECONDS
         self._sock = sock
         self._server = server
         self._make_channel = channel
-        self._connection = Connection(first=server is None, name="byre", secret=secret)
+        self._secret = secret
+        self._redial = redial
+        self._bridges = bridges
+        self._connection = self._new_connection(None)
+        self._resting: asyncio.Task[None] | None = None
         self._channel: Channel | None = None
         self._opened: asyncio.Future[None] | None = None
         self._subscribers: dict[tuple[str, Any], Subscriber] = {}
@@ -84,17 +101,9 @@ class Bridge(Calls):
 
         The socket is the bridge's from now on; after an error or a cancellation it is closed.
         """
-        loop = asyncio.get_running_loop()
-        self._opened = loop.create_future()
         try:
-            channel = self._make_channel(self)
-            self.session.max_data = channel.max_data
-            with contextlib.suppress(OSError):  # not every kind of socket has it
-                self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
-            await loop.create_connection(lambda: channel, sock=self._sock)
-            self.flush_soon()
             async with asyncio.timeout(timeout):
-                await self._opened
+                await self._connect(self._sock)
         except TimeoutError:
             self._lose(None, "the handshake took too long")
             raise DeadlineExceeded(f"the agent did not answer within {timeout:g} s") from None
@@ -103,6 +112,32 @@ class Bridge(Calls):
             if self._channel is None:
                 self._sock.close()
             raise
+
+    def _new_connection(self, session: Session | None) -> Connection:
+        return Connection(
+            first=self._server is None,
+            name="byre",
+            secret=self._secret,
+            session=session,
+            sessions=self._session_of if self._bridges is not None else None,
+            capabilities=frozenset([RESUME] if self._redial or self._bridges else []),
+        )
+
+    def _session_of(self, number: bytes) -> Session | None:
+        bridge = self._bridges(number) if self._bridges is not None else None
+        return bridge.session if bridge is not None else None
+
+    async def _connect(self, sock: socket.socket) -> None:
+        """Shake hands over a socket."""
+        loop = asyncio.get_running_loop()
+        opened = self._opened = loop.create_future()
+        channel = self._make_channel(self)
+        self.session.max_data = channel.max_data
+        with contextlib.suppress(OSError):  # not every kind of socket has it
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
+        await loop.create_connection(lambda: channel, sock=sock)
+        self.flush_soon()
+        await opened
 
     async def close(self, reason: str = "the connection was closed here") -> None:
         """End the connection; whatever waits gets `ConnectionLost` with `reason`.  Harmless when repeated."""
@@ -214,6 +249,8 @@ class Bridge(Calls):
         self._flush_due = False
         channel = self._channel
         if channel is None:
+            if self._resting is not None and self.session.outbox.choked:
+                self._lose(None, "the channel was cut, and too much happened meanwhile")
             return
         while not channel.paused:
             frames = self._connection.data_to_send(channel.room)
@@ -229,7 +266,7 @@ class Bridge(Calls):
         self._channel = channel
 
     def channel_writable(self) -> None:
-        self._flush()
+        self.flush_soon()  # not from within asyncio's own writing: a failure there would end the transport twice
 
     def channel_received(self, data: memoryview) -> None:
         self.heard()
@@ -237,13 +274,19 @@ class Bridge(Calls):
         self._dispatch()
 
     def _dispatch(self) -> None:
-        for event in self._connection.take_events():
+        bridge, taken = self, self._connection.take_events()
+        if self._bridges is not None and taken and isinstance(taken[0], events.Connected):
+            bridge = self._whose(taken[0])
+        for event in taken:
             handler = _HANDLERS.get(type(event))
             if handler is not None:
-                handler(self, event)
+                handler(bridge, event)
         self.flush_soon()
 
     def channel_lost(self, error: Exception | None) -> None:
+        if self._loss is None and self.resumable:
+            self._rest()
+            return
         if self.explain is not None and self._loss is None:
             self.background(self._lose_explained(self.explain(), error))
             return
@@ -259,6 +302,59 @@ class Bridge(Calls):
                 reason = await explanation
         self._lose(error, reason)
 
+    # -- a cut ---------------------------------------------------------------------------------------------
+
+    @property
+    def resumable(self) -> bool:
+        """Whether a cut would be survived."""
+        return self.session.outbox.keep_for_replay
+
+    def _rest(self) -> None:
+        """Without a channel: what is said meanwhile waits in the session."""
+        self._channel = None
+        if self._resting is None:
+            self._opened = asyncio.get_running_loop().create_future()
+            self._resting = self.background(self._wait_for_another(self._opened))
+        elif self._opened is not None and not self._opened.done():  # in a handshake: the next attempt, then
+            self._opened.set_exception(ChannelEnded("the channel ended in the handshake"))
+            self._opened.exception()  # perhaps nobody awaits it yet
+
+    async def _wait_for_another(self, opened: asyncio.Future[None]) -> None:
+        """Until another channel carries the session on, or it is lost."""
+        coming = resumption.until_open(self._attempt) if self._redial else opened
+        error = await resumption.why_not(coming, self.explain() if self.explain else None, self.resume_seconds)
+        if self._resting is asyncio.current_task():
+            self._resting = None
+            self._lose(error, error.message if isinstance(error, ByreError) else str(error))
+
+    async def _attempt(self) -> None:
+        """Carry the session on over a new channel."""
+        assert self._redial is not None, "who asks has it"
+        sock = await self._redial()
+        self._connection = self._new_connection(self.session)
+        try:
+            await self._connect(sock)
+        except BaseException:
+            if self._channel is not None:
+                self._channel.abandon()
+                self._channel = None
+            raise
+
+    def _whose(self, event: events.Connected) -> Bridge:
+        """The bridge whose session the peer goes on with: this one, or one that this one hands its channel to."""
+        bridge = self._bridges(self.session.id) if event.resumed and self._bridges is not None else None
+        if bridge is None or bridge is self:
+            return self
+        assert self._channel is not None and self._opened is not None, "it is in its handshake"
+        if bridge._channel is not None:
+            bridge._channel.abandon()  # cut as well, and nobody has noticed
+        bridge._channel, self._channel = self._channel, None
+        bridge._channel.owner = bridge
+        bridge._connection = self._connection
+        self.handed_over = True
+        self._opened.set_result(None)
+        return bridge
+
     def _lose(self, cause: Exception | None, reason: str) -> None:
         """Publish the loss, once, to everything that waits."""
         if self._loss is not None:
@@ -267,11 +363,15 @@ class Bridge(Calls):
         hint = "what was under way may or may not have happened"
         self._loss = ConnectionLost(who + reason, hint=hint, reason=reason)
         self._loss.__cause__ = cause
+        resting, self._resting = self._resting, None
+        if resting is not None:
+            resting.cancel()
         if self._channel is not None:
             self._channel.end()
         self._lost.set()
         if self._opened is not None and not self._opened.done():
             self._opened.set_exception(self._lost_error())
+            self._opened.exception()  # perhaps nobody awaits it
         self.lose_calls(self._lost_error)
         for reader in self.readers.values():
             reader.fail(self._lost_error())
@@ -289,6 +389,10 @@ class Bridge(Calls):
 
     def _on_connected(self, event: events.Connected) -> None:
         self.peer = event.peer
+        self._resting = None
+        if event.resumed:
+            self.repeat_pings()
+            self.flush_soon()
         if self._opened is not None and not self._opened.done():
             self._opened.set_result(None)
 

@@ -142,6 +142,11 @@ class Calls(abc.ABC):
             self._pings.pop(token, None)
         return time.perf_counter() - begin
 
+    def repeat_pings(self) -> None:
+        """Over a new channel: unlike calls, they are not repeated by the session."""
+        for token in self._pings:
+            self.session.ping(token)
+
     async def _abandon(
         self, number: int, future: asyncio.Future[Result], undo: Callable[[Result], Awaitable[object]] | None
     ) -> bool | None:

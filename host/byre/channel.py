@@ -6,6 +6,8 @@ Rule: bytes only.  What they mean is its owner's, who is told of bytes, of room 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import os
 from collections.abc import Iterable
 from typing import Protocol
 
@@ -22,6 +24,10 @@ SEND_BUFFER = 32 * 1024
 
 #: How long the last bytes may take to leave once the end was decided, in seconds.
 CLOSE_GRACE = 1.0
+
+
+#: Reads that empty a socket's buffer, whose size is some hundred KiB, after a write has failed.
+LAST_READS = 16
 
 
 class Owner(Protocol):
@@ -44,21 +50,22 @@ class Channel(asyncio.BufferedProtocol):
     max_data = MAX_DATA
 
     def __init__(self, owner: Owner) -> None:
-        self._owner = owner
+        self.owner = owner
         self._buffer = memoryview(bytearray(READ_SIZE))
         self._closed = asyncio.Event()
         self._full = False
+        self._abandoned = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
         self.transport = transport
         transport.set_write_buffer_limits(high=WRITE_BATCH)
-        self._owner.channel_made(self)
+        self.owner.channel_made(self)
 
     @property
     def paused(self) -> bool:
-        """Nothing should be written before `channel_writable`."""
-        return self._full
+        """Nothing should be written before `channel_writable`, or ever."""
+        return self._full or self.transport.is_closing()
 
     def write(self, frames: Iterable[bytes]) -> None:
         self.transport.writelines(frames)
@@ -67,25 +74,45 @@ class Channel(asyncio.BufferedProtocol):
         return self._buffer
 
     def buffer_updated(self, nbytes: int) -> None:
-        self._owner.channel_received(self._buffer[:nbytes])
+        self.owner.channel_received(self._buffer[:nbytes])
 
     def pause_writing(self) -> None:
         self._full = True
 
     def resume_writing(self) -> None:
         self._full = False
-        self._owner.channel_writable()
+        self.owner.channel_writable()
 
     def connection_lost(self, exc: Exception | None) -> None:
+        if self._abandoned:
+            self._closed.set()
+            return
+        if exc is not None:
+            self._hear_out()
         self._closed.set()
         self._full = True
-        self._owner.channel_lost(exc)
+        self.owner.channel_lost(exc)
 
     def end(self) -> None:
         """Close once what was written has left; by force when that takes too long."""
         self.transport.close()
         if not self._closed.is_set():
             asyncio.get_running_loop().call_later(CLOSE_GRACE, self.transport.abort)
+
+    def _hear_out(self) -> None:
+        """A write has failed.  What the peer said before, perhaps that it ends in order, is still to be read."""
+        fd = self.transport.get_extra_info("socket").fileno()
+        with contextlib.suppress(OSError):
+            for _ in range(LAST_READS):
+                count = os.readv(fd, [self._buffer])
+                if not count:
+                    return
+                self.buffer_updated(count)
+
+    def abandon(self) -> None:
+        """Close at once: another channel has taken its place, and the owner hears no more of this one."""
+        self._abandoned = True
+        self.transport.abort()
 
     async def wait_closed(self) -> None:
         await self._closed.wait()

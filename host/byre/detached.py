@@ -11,14 +11,13 @@ import json
 import os
 import signal
 import socket
-import struct
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from byre_proto.errors import from_wire, printable
 
-from . import errors, rundir
+from . import errors, peer, rundir
 from .bridge import Bridge
 from .errors import ByreError, ConnectionLost, DeadlineExceeded, MachineFailed, PermissionRefused, VMNotFound
 from .owner import DiskPlace, Owner
@@ -124,7 +123,17 @@ async def attach(name: str = DEFAULT, timeout: float = ATTACH_TIMEOUT) -> tuple[
     sock = rundir.connect(name)
     keeper_pid = _peer(sock)
     sock.setblocking(False)
-    bridge = Bridge(sock, label=name)
+
+    async def redial() -> socket.socket:
+        try:
+            again = rundir.connect(name)
+        except VMNotFound as error:
+            raise ConnectionLost(f"the keeper of {name!r} has ended") from error
+        _peer(again)
+        again.setblocking(False)
+        return again
+
+    bridge = Bridge(sock, label=name, redial=redial)
     try:
         await bridge.open(timeout)
     except ConnectionLost as error:
@@ -165,27 +174,21 @@ async def end(name: str = DEFAULT, timeout: float = 10.0) -> None:
 
 async def _ended(pidfd: int, timeout: float) -> bool:
     """Whether the process ended within `timeout` seconds."""
-    loop = asyncio.get_running_loop()
-    ended = asyncio.Event()
-    loop.add_reader(pidfd, ended.set)
     try:
         async with asyncio.timeout(timeout):
-            await ended.wait()
+            await peer.ended(pidfd)
     except TimeoutError:
         return False
-    finally:
-        loop.remove_reader(pidfd)
     return True
 
 
 def _peer(sock: socket.socket) -> int:
     """The pid behind a UNIX socket.  Raises `PermissionRefused` unless it is this user's."""
-    credentials = struct.Struct("iII")  # struct ucred, unix(7)
-    pid, uid, _ = credentials.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, credentials.size))
-    if uid != os.geteuid():
+    try:
+        return peer.process_id(sock)
+    except PermissionRefused:
         sock.close()
-        raise PermissionRefused(f"the keeper belongs to the user {uid}, not to you")
-    return int(pid)
+        raise
 
 
 class KeeperClient(Owner):

@@ -45,10 +45,10 @@ class LineChannel(Channel):
         if noise := line.take_noise():
             self._noise(noise)
         if data := line.take_data():
-            self._owner.channel_received(memoryview(data))
+            self.owner.channel_received(memoryview(data))
         self._pump()
         if not self.paused:
-            self._owner.channel_writable()
+            self.owner.channel_writable()
 
     def write(self, frames: Iterable[bytes]) -> None:
         self._line.send(b"".join(frames))
@@ -56,8 +56,8 @@ class LineChannel(Channel):
 
     def resume_writing(self) -> None:
         self._full = False
-        self._pump()
-        self._owner.channel_writable()
+        self._loop.call_soon(self._pump)
+        self.owner.channel_writable()
 
     def connection_lost(self, exc: Exception | None) -> None:
         if self._timer is not None:

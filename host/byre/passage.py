@@ -44,21 +44,18 @@ class Passage:
         session = self._sink.session
         if self._held:
             return
-        while self._waiting:
-            credit = session.credit(self._sink_number)
-            if credit <= 0:
-                return
+        while self._waiting and (credit := session.credit(self._sink_number)) > 0:
             if self._sink.congested:
                 this: Any = self
                 self._sink.call_when_clear(this)
-                return
+                break
             piece = self._waiting.popleft()
             if len(piece) > credit:
                 self._waiting.appendleft(piece[credit:])
                 piece = piece[:credit]
             session.send(self._sink_number, piece)
             self._source.consumed(self._source_number, len(piece))
-        if self.ended and session.credit(self._sink_number) >= 0:
+        if self.ended and not self._waiting and session.credit(self._sink_number) >= 0:
             session.send_eof(self._sink_number)
             self._sink.forget_writer(self._sink_number)
             self.done = True

@@ -7,10 +7,11 @@ r"""What a keeper does with its clients' frames: passes them on to the guest's a
 Rule: the relay holds no more of a stream than its window (see `passage`), so a client that does not read stops its
 own processes and nothing else (B3).  A reply never comes after an event that followed it.
 
-When a client goes, its calls are cancelled, and what it had started goes on (B43): the streams are *held*, not
-closed, so a process that writes stands still when its window is full rather than die of SIGPIPE.  A client that
-said `vm.tie` wants it otherwise: its processes, with their trees, are killed when it goes.  Of its sockets nothing
-stays: connections are reset, listeners closed.
+A client whose channel is cut has not gone: it may come back over another one, for RESUME_SECONDS, unless its
+process has ended.  When a client goes, its calls are cancelled, and what it had started goes on (B43): the streams
+are *held*, not closed, so a process that writes stands still when its window is full rather than die of SIGPIPE.  A
+client that said `vm.tie` wants it otherwise: its processes, with their trees, are killed when it goes.  Of its
+sockets nothing stays: connections are reset, listeners closed.
 """
 
 from __future__ import annotations
@@ -19,11 +20,13 @@ import asyncio
 import contextlib
 import itertools
 import logging
+import os
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any
 
 from byre_proto import events
 
+from . import peer
 from .bridge import Bridge
 from .errors import ByreError, Cancelled, ConnectionLost, DeadlineExceeded
 from .passage import Passage
@@ -53,13 +56,17 @@ class Client:
 
     def __init__(self, sock: socket.socket, number: int, relay: Relay) -> None:
         self.number = number  # for the log
-        self.bridge = Bridge(sock, label=f"client {number}", server=self._serve)
+        self.bridge = Bridge(sock, label=f"client {number}", server=self._serve, bridges=relay.bridge_of)
         self.tied = False  # what it starts ends with it
         self.gone = False
         self.listeners: set[int] = set()  # of the guest's sockets: of use to nobody else
         self.connections: list[Passage] = []
         self._relay = relay
         self._calls: dict[int, asyncio.Task[None]] = {}
+
+    async def until_its_end(self, pidfd: int) -> str:
+        await peer.ended(pidfd)
+        return "its process has ended"
 
     def cancel_calls(self) -> None:
         for task in self._calls.values():
@@ -114,11 +121,26 @@ class Relay:
     async def attend(self, sock: socket.socket) -> None:
         """One client, from its handshake to its end, in whatever way it goes."""
         client = Client(sock, next(self._numbers), self)
+        with contextlib.ExitStack() as stack:
+            try:
+                pidfd = peer.open_process(sock)
+            except OSError:
+                pidfd = -1  # unknown, or gone: its channel will say so
+            else:
+                stack.callback(os.close, pidfd)
+            await self._attend(client, pidfd)
+
+    async def _attend(self, client: Client, pidfd: int) -> None:
         try:
             await client.bridge.open(HANDSHAKE_TIMEOUT)
         except ByreError as error:
             log.info("! client %d: %s", client.number, error)
             return
+        if client.bridge.handed_over:
+            log.info("= a client whose channel was cut goes on")
+            return
+        if pidfd >= 0 and client.bridge.resumable:
+            client.bridge.explain = lambda: client.until_its_end(pidfd)
         self._clients.add(client)
         log.info("= client %d attached, %d in all", client.number, len(self._clients))
         try:
@@ -126,6 +148,10 @@ class Relay:
         finally:
             self._left(client)
             await client.bridge.close()
+
+    def bridge_of(self, session: bytes) -> Bridge | None:
+        """Of the client that has this session, perhaps without a channel now."""
+        return next((c.bridge for c in self._clients if c.bridge.session.id == session), None)
 
     async def close(self, reason: str) -> None:
         """The VM has ended: every client is told why, and let go."""

@@ -3,7 +3,8 @@
     board:  python3 -m byre_guest --serial /dev/ttyS0        (or as init, with byre.channel=serial:ttyS0)
     here:   async with SerialHost("/dev/ttyUSB0") as board: await board.run(["uname", "-a"])
 
-Rule: the agent is not ours: it goes on after us, and takes the next one.  Its processes go on as well.
+Rule: the agent is not ours: it goes on after us, and takes the next one.  Its processes go on as well.  A silent
+line is waited for; a port that goes away is opened again, and what was under way goes on.
 """
 
 from __future__ import annotations
@@ -13,13 +14,14 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Self
 
 from .bridge import Bridge
-from .errors import ConnectionLost, MachineFailed
+from .errors import ConnectionLost, MachineFailed, TransportUnavailable
 from .line_channel import LineChannel
 from .machines.console import ConsoleRing
 from .process import GuestProcessHost
 from .transports.serial import BAUDRATE, SerialPort, open_port
 
 if TYPE_CHECKING:
+    import socket
     from types import TracebackType
 
 #: How long the agent may take to answer, in seconds: it asks every two, and a bad line loses some of that.
@@ -58,12 +60,21 @@ class SerialHost(GuestProcessHost):
             raise MachineFailed("a SerialHost starts once", hint="make another one")
         self._port = await open_port(self.url, self._baudrate, **self._settings)
         channel = partial(LineChannel, noise=self._console.feed)
-        self._bridge = Bridge(self._port.socket, label=self.url, channel=channel)
+        self._bridge = Bridge(self._port.socket, label=self.url, channel=channel, redial=self._open_again)
         try:
             await self._bridge.open(self._start_timeout)
         except BaseException:
             await asyncio.shield(self.close())
             raise
+
+    async def _open_again(self) -> socket.socket:
+        assert self._port is not None, "it was open"
+        await self._port.close()
+        try:
+            self._port = await open_port(self.url, self._baudrate, **self._settings)
+        except TransportUnavailable as error:  # not there now: unplugged, perhaps
+            raise OSError(error.message) from error
+        return self._port.socket
 
     def console_tail(self, lines: int = 40) -> str:
         """The last lines of what else was on the line, escaped: a kernel's messages."""

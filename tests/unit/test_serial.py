@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import pty
 import random
@@ -126,6 +127,7 @@ async def test_a_host_that_died_leaves_the_line_to_the_next_one() -> None:
             process = await dead.create_process(ProcessParameters(args=["cat", "/dev/zero"], stdout=True))
             await process.stdio.stdout.readexactly(1000)  # type: ignore[union-attr]
             assert dead._port is not None
+            dead.bridge._redial = None  # the dead open nothing again
             await dead._port.close()  # without a word
             async with SerialHost(line.ends[0]) as host:
                 assert await echoed(host, b"hello") == b"hello"
@@ -225,6 +227,66 @@ def served_over_tcp(device: str, *, rfc2217: bool) -> Iterator[str]:
         yield f"{scheme}://127.0.0.1:{listener.getsockname()[1]}"
         serving.join(SOON)
         assert not serving.is_alive()
+
+
+class TerminalServer:
+    """A tty behind a TCP port whose connections are cut.  What comes while there is none is lost."""
+
+    def __init__(self, device: str) -> None:
+        self.url = ""
+        self.connections = 0
+        self._tty = os.open(device, os.O_RDWR | os.O_NOCTTY | os.O_NONBLOCK)
+        self._writer: asyncio.StreamWriter | None = None
+
+    async def __aenter__(self) -> TerminalServer:
+        self._server = await asyncio.start_server(self._serve, "127.0.0.1")
+        self.url = f"socket://127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
+        asyncio.get_running_loop().add_reader(self._tty, self._from_tty)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        asyncio.get_running_loop().remove_reader(self._tty)
+        self._server.close()
+        self.cut()
+        os.close(self._tty)
+
+    def cut(self) -> None:
+        if self._writer is not None:
+            self._writer.transport.abort()
+
+    def _from_tty(self) -> None:
+        data = os.read(self._tty, 4096)
+        if self._writer is not None and not self._writer.is_closing():
+            self._writer.write(data)
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._writer = writer
+        self.connections += 1
+        with contextlib.suppress(OSError):  # cut
+            while data := await reader.read(4096):
+                with contextlib.suppress(BlockingIOError):
+                    os.write(self._tty, data)
+        writer.close()
+
+
+async def test_a_line_whose_way_is_cut_goes_on_where_it_was() -> None:
+    """The port is opened again, the line begins anew, and the session goes on over it."""
+    data = random.Random(7).randbytes(200_000)
+    with BadLine(1e-3) as line:
+        async with agent_at(line.ends[1]), TerminalServer(line.ends[0]) as server, SerialHost(server.url) as host:
+            process = await host.create_process(ProcessParameters(args=["cat"], stdin=True, stdout=True))
+            stdin, stdout = process.stdio.stdin, process.stdio.stdout
+            assert stdin is not None and stdout is not None
+            came = b""
+            for at in range(0, len(data), 20_000):
+                stdin.write(data[at : at + 20_000])
+                server.cut()
+                came += await asyncio.wait_for(stdout.readexactly(20_000), SOON)
+            stdin.close()
+            assert came == data
+            assert (await asyncio.wait_for(process.wait(), SOON)).code == 0
+            assert server.connections > 5
+            await process.close()
 
 
 class Tty(serial.Serial):  # type: ignore[misc]

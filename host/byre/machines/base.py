@@ -90,6 +90,11 @@ class Machine(abc.ABC):
         """Whether the channel may lose or change bytes, or carries others in between: a serial line."""
         return False
 
+    @property
+    def redialled(self) -> bool:
+        """Whether `connect` gives another channel when one was cut, to the same agent."""
+        return False
+
     def on_noise(self, data: bytes) -> None:
         """Bytes of a lossy channel that were not the agent's: where the console is on the same line, its text."""
         self._console.feed(data)

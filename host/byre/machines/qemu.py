@@ -89,6 +89,10 @@ class QemuMachine(Machine):
         return self._transport is not None and self._transport.lossy
 
     @property
+    def redialled(self) -> bool:
+        return self._transport is not None and self._transport.redialled
+
+    @property
     def pid(self) -> int | None:
         """QEMU's process id, while it runs."""
         return self._process.pid if self._process is not None and self._exit is None else None

@@ -33,6 +33,8 @@ class Transport(abc.ABC):
     name: ClassVar[str]
     #: Whether bytes may be lost or changed on the way, so that the line protocol is needed above it.
     lossy: ClassVar[bool] = False
+    #: Whether `connect` gives another channel when one was cut, to the same agent.
+    redialled: ClassVar[bool] = False
 
     @classmethod
     @abc.abstractmethod

@@ -131,7 +131,14 @@ class SerialPort:
             self._loop.remove_writer(self._fd)
             self._end()
         self._inner.close()
+        await in_thread(self._close_port)
+
+    def _close_port(self) -> None:
+        """pyserial sleeps when it closes a TCP connection, and leaves one open that the other side has ended."""
+        connection = getattr(self._port, "_socket", None)
         self._port.close()
+        if connection is not None:
+            connection.close()
 
     def _join(self) -> None:
         for thread in self._threads:
