@@ -24,6 +24,9 @@ print(times[len(times) // 2])
 
 TARGET = "<= 3"
 
+#: Ours and the yardstick take turns this often: what else is on the machine then meets both.
+TURNS = 5
+
 
 async def inside(vm: Any, argv: list[str], runs: int) -> float:
     """Median seconds of posix_spawn + wait of `argv` in the guest."""
@@ -46,8 +49,12 @@ async def outside(host: Any, runs: int) -> list[float]:
 async def run(runs: int) -> Report:
     async with byre.UtilityVM() as vm:
         await outside(vm, 20)
-        bare = await inside(vm, ["/usr/bin/true"], runs * 10)
-        ours = await outside(vm, runs * 10)
+        bares: list[float] = []
+        ours: list[float] = []
+        for _ in range(TURNS):
+            bares.append(await inside(vm, ["/usr/bin/true"], runs * 4))
+            ours += await outside(vm, runs * 4)
+        bare = median(bares)
     figures = {"exec_median_ms": median(ours) * 1e3, "exec_p95_ms": percentile(ours, 95) * 1e3}
     figures["posix_spawn_and_wait_inside_ms"] = bare * 1e3
     return Report(name="exec", runs=len(ours), ratio=median(ours) / bare, target=TARGET, figures=figures)

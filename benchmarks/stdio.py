@@ -10,7 +10,8 @@ import asyncio
 import hashlib
 import os
 import time
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import byre
 import byre_images
@@ -69,24 +70,49 @@ async def raw_in(image: Any, machine: str, runs: int) -> dict[int, list[float]]:
     return rates
 
 
-async def ours_out(vm: Any, piece: bytes) -> float:
+class Carried(NamedTuple):
+    """Bytes a second, and processor time: QEMU's, which is the guest's and the emulator's, and this process's."""
+
+    rate: float
+    guest_s: float
+    host_s: float
+
+
+class Meter:
+    """Begins with its making; `carried` is said when SIZE bytes are through."""
+
+    def __init__(self, vm: Any) -> None:
+        self._pid = vm.machine_pid
+        self._begin = self._now()
+
+    def _now(self) -> tuple[float, float, float]:
+        fields = Path(f"/proc/{self._pid}/stat").read_text().rpartition(")")[2].split()
+        guest = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+        return time.perf_counter(), guest, time.process_time()
+
+    def carried(self) -> Carried:
+        wall, guest, host = (now - begin for now, begin in zip(self._now(), self._begin, strict=True))
+        return Carried(SIZE / wall, guest, host)
+
+
+async def ours_out(vm: Any, piece: bytes) -> Carried:
     turns = SIZE // len(piece)
     script = f"i=0; while [ $i -lt {turns} ]; do cat /tmp/piece; i=$((i+1)); done"
     received = hashlib.sha256()
     chunks = []
-    start = time.perf_counter()
+    meter = Meter(vm)
     async with await vm.create_process(ProcessParameters(args=["sh", "-c", script], stdout=True)) as process:
         while chunk := await process.stdio.stdout.read(MIB):
             chunks.append(chunk)
-        rate = SIZE / (time.perf_counter() - start)
+        carried = meter.carried()
     for chunk in chunks:
         received.update(chunk)
     assert received.digest() == hashlib.sha256(piece * turns).digest(), "the bytes are not those that were sent"
-    return rate
+    return carried
 
 
-async def ours_in(vm: Any, piece: bytes, command: str = "cat >/dev/null") -> tuple[float, bytes]:
-    start = time.perf_counter()
+async def ours_in(vm: Any, piece: bytes, command: str = "cat >/dev/null") -> tuple[Carried, bytes]:
+    meter = Meter(vm)
     config = ProcessParameters(args=["sh", "-c", command], stdin=True, stdout=True)
     async with await vm.create_process(config) as process:
         view = memoryview(piece)
@@ -97,7 +123,7 @@ async def ours_in(vm: Any, piece: bytes, command: str = "cat >/dev/null") -> tup
         await process.close_stdin()
         out = await process.stdio.stdout.read()
         assert (await process.wait()).code == 0
-        return SIZE / (time.perf_counter() - start), out
+        return meter.carried(), out
 
 
 async def run(runs: int) -> Report:
@@ -115,10 +141,14 @@ async def run(runs: int) -> Report:
     raw_ins = await raw_in(image, machine, runs)
     best_out = max(median(rates) for rates in raw_outs.values())
     best_in = max(median(rates) for rates in raw_ins.values())
-    figures = {"out_mb_s": median(out) / 1e6, "in_mb_s": median(into) / 1e6}
+    rates = {"out": median([one.rate for one in out]), "in": median([one.rate for one in into])}
+    figures = {f"{way}_mb_s": rate / 1e6 for way, rate in rates.items()}
     figures |= {"raw_out_mb_s": best_out / 1e6, "raw_in_mb_s": best_in / 1e6}
+    for way, runs_of_it in (("out", out), ("in", into)):
+        figures[f"{way}_guest_cpu_s_per_gib"] = median([one.guest_s for one in runs_of_it]) * 1024 * MIB / SIZE
+        figures[f"{way}_host_cpu_s_per_gib"] = median([one.host_s for one in runs_of_it]) * 1024 * MIB / SIZE
     figures |= {f"raw_out_{kib}k_mb_s": median(rates) / 1e6 for kib, rates in raw_outs.items()}
     figures |= {f"raw_in_{kib}k_mb_s": median(rates) / 1e6 for kib, rates in raw_ins.items()}
-    figures |= {"out_ratio": median(out) / best_out, "in_ratio": median(into) / best_in}
+    figures |= {"out_ratio": rates["out"] / best_out, "in_ratio": rates["in"] / best_in}
     ratio = min(figures["out_ratio"], figures["in_ratio"])
     return Report(name="stdio", runs=runs, ratio=ratio, target=TARGET, figures=figures)

@@ -487,8 +487,8 @@ MUTATIONS = (
         "B42",
         "the end of a channel is not seen when it comes with its last bytes",
         "guest/byre_guest/channels.py",
-        " and not self.port and not self._ended):",
-        " and not self.port):",
+        "elif self._ended:",
+        "elif self._ended and self.port:",
         ("tests/unit/test_cuts.py::test_a_hundred_megabytes_and_processes_through_hundreds_of_cuts",),
     ),
     Mutation(

@@ -141,6 +141,11 @@ class Connection:
         """The handshake is complete and the connection is not over."""
         return self._state == OPEN
 
+    @property
+    def lacking(self) -> int:
+        """Bytes that a frame which has begun still lacks: data that end there are taken in without a copy."""
+        return self._frames.lacking
+
     # -- the four verbs ------------------------------------------------------------------------------------
 
     def receive_data(self, data: bytes | bytearray | memoryview) -> None:

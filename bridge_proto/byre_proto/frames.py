@@ -123,6 +123,14 @@ class FrameBuffer:
     def __init__(self) -> None:
         self._begun = bytearray()  # a frame whose end has not come yet
 
+    @property
+    def lacking(self) -> int:
+        """Bytes that the frame which has begun still lacks, or its header; 0 between frames."""
+        begun = len(self._begun)
+        if begun < HEADER_SIZE:
+            return HEADER_SIZE - begun if begun else 0
+        return HEADER_SIZE + int.from_bytes(self._begun[:4], "big") - begun
+
     def frames(self, data: bytes | bytearray | memoryview) -> Iterator[tuple[int, int, Any]]:
         """The frames that `data` completes, as `(type, stream, payload)`; the rest waits for the next data.
 

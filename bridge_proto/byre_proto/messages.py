@@ -174,6 +174,8 @@ EVENTS: dict[str, dict[str, tuple[Any, ...]]] = {
     "vm.exit": {"reason": ("str",)},
 }
 
+#: Kinds that their type alone makes sure of.
+_SIMPLE: dict[str, type] = {"str": str, "bytes": bytes, "bool": bool}
 _KINDS: dict[str, type] = {"int": int, "str": str, "bytes": bytes, "bool": bool}
 
 
@@ -212,7 +214,7 @@ def _check(name: str, table: dict[str, tuple[Any, ...]], given: dict[str, Any], 
     for field, spec in table.items():
         if field in given:
             value = given[field]
-            if not fits(value, spec[0]):
+            if type(value) is not _SIMPLE.get(spec[0]) and not fits(value, spec[0]):
                 raise InvalidRequest(f"{name}: {field} must be {spec[0]}, not {type(value).__name__}", field=field)
             checked[field] = value
         elif len(spec) == 2:

@@ -19,6 +19,7 @@ from itertools import islice
 from time import monotonic, sleep
 
 from byre_proto.deques import deque
+from byre_proto.frames import HEADER_SIZE
 from byre_proto.limits import MAX_DATA
 
 from .loop import EPOLLERR, EPOLLET, EPOLLHUP, EPOLLIN, EPOLLOUT, EPOLLRDHUP
@@ -34,8 +35,12 @@ if TYPE_CHECKING:
 PORT_NAME = "org.byre.bridge"
 PORTS = "/sys/class/virtio-ports"
 
-#: Read at once: what a port's queue holds.
-READ_SIZE = 512 * 1024
+#: Read at once: two of the largest frames, about what a port's queue holds.
+FRAME = HEADER_SIZE + MAX_DATA
+READ_SIZE = 2 * FRAME
+
+#: Read first where little came the last time: to name 128 pages to the kernel takes longer than to read a few.
+FEW = 16 * 1024
 
 #: Taken from the session at once: a control frame waits behind no more than this.
 SEND_SIZE = 128 * 1024
@@ -82,6 +87,7 @@ class Channel:
         self._loop: Loop | None = None
         self._buffer = memoryview(bytearray(READ_SIZE))
         self._pieces = [self._buffer[at : at + PAGE] for at in range(0, READ_SIZE, PAGE)]
+        self._much = False  # came the last time
         self._out: deque[bytes | memoryview] = deque()
         for fd in (read_fd, write_fd):
             os.set_blocking(fd, False)
@@ -113,25 +119,37 @@ class Channel:
             self._room_wanted = wanted
             self._loop.modify(self.write_fd, self._mask())
 
-    def read(self) -> memoryview | None:
-        """Bytes, valid until the next call; empty at the end (of a port: no host); None when there are none now."""
-        count = self._read(self._pieces)
-        if count is None:
-            return None
-        if not count or (count < READ_SIZE and not self.port and not self._ended):
-            self.readable = False  # it was empty; what comes later is a new edge
-        while self.readable and count < READ_SIZE:
-            rest = self._buffer[count:]
-            more = self._read([rest[at : at + PAGE] for at in range(0, len(rest), PAGE)])
-            if not more:
-                break  # the end of a port, if it is one, is there again next time
-            count += more
-        return self._buffer[:count]
+    def read(self, lacking: int = 0) -> memoryview | None:
+        """Bytes, valid until the next call; empty at the end (of a port: no host); None when there are none now.
 
-    def _read(self, pieces: list[memoryview]) -> int | None:
-        """Read once.  A port's driver stops at the first of its buffers that the host did not fill."""
+        `lacking` bytes end the frame that has begun: what ends where a frame does has not to be copied.
+        """
+        most = lacking + FRAME if lacking else READ_SIZE
+        count, wanted = 0, most if self._much else FEW
+        while self.readable and count < most:
+            end = min(count + wanted, most)
+            got = self._read(count, end)
+            if not got:
+                if got is None or count:
+                    break  # the end of a port, if it is one, is there again next time
+                self.readable = False
+                return self._buffer[:0]
+            count += got
+            if count == end:
+                wanted = most
+            elif self._ended:
+                wanted = PAGE  # there will be no edge for the end: it is read next
+            elif self.port:
+                wanted = PAGE  # its driver stops at the first of its buffers that is not full: mostly the last
+            else:
+                self.readable = False  # it was empty; what comes later is a new edge
+        self._much = count > FEW
+        return self._buffer[:count] if count else None
+
+    def _read(self, start: int, end: int) -> int | None:
+        """Read once into this part of the buffer; None when there is nothing now, 0 at the end."""
         try:
-            return os.readv(self.read_fd, pieces)
+            return os.readv(self.read_fd, self._cut(start, end))
         except BlockingIOError:
             self.readable = False
             return None
@@ -139,6 +157,14 @@ class Channel:
             if error.errno not in (errno.ECONNRESET, errno.EPIPE, errno.ENODEV, errno.ENOTCONN, errno.EIO):
                 raise
             return 0
+
+    def _cut(self, start: int, end: int) -> list[memoryview]:
+        if not self.port:
+            return [self._buffer[start:end]]
+        if start:
+            return [self._buffer[at : min(at + PAGE, end)] for at in range(start, end, PAGE)]
+        whole, rest = divmod(end, PAGE)
+        return [*self._pieces[:whole], self._pieces[whole][:rest]] if rest else self._pieces[:whole]
 
     @property
     def idle(self) -> bool:

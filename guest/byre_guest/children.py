@@ -15,7 +15,7 @@ import os
 from byre_proto.encoding import pack, unpack
 from byre_proto.errors import BY_CODE, ByreError, DeadlineExceeded, StartFailed, to_wire
 
-from . import linux
+from . import linux, scheduling
 from .loop import EPOLLIN, EPOLLOUT
 from .reaper import BLOCKED, IGNORED
 from .signals import signals
@@ -254,6 +254,7 @@ def command(
             setsid=True,
             setsigmask=(),
             setsigdef=IGNORED,
+            **scheduling.of_spawned,
         )
     except OSError as error:
         pipes.close_ours()

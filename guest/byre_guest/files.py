@@ -110,7 +110,7 @@ def begin(
             _child(stdio.theirs, pidfd, open_root, arguments)
         return pid, -1
 
-    tree, _ = processes.launch(number, stdio, fork)
+    tree, _ = processes.launch(stdio, fork)
     process = processes.adopt(
         tree.pid,
         stdio,

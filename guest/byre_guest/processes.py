@@ -196,7 +196,7 @@ class Processes:
         number = self.reserve()
         assert self.pumps is not None, "requests come over a connection"
         stdio = Stdio(self.pumps.session, arguments)
-        tree, report = self.launch(number, stdio, lambda: _spawn(plan, stdio))
+        tree, report = self.launch(stdio, lambda: _spawn(plan, stdio))
         process = Process(number, tree.pid, plan.args, "", tree)
         if report >= 0:
             _Start(self, call, process, plan, report)
@@ -204,14 +204,14 @@ class Processes:
         if report < 0:
             call.reply({"process": number, "pid": tree.pid})
 
-    def launch(self, number: int, stdio: Stdio, start: Callable[[], tuple[int, int]]) -> tuple[trees.Tree, int]:
+    def launch(self, stdio: Stdio, start: Callable[[], tuple[int, int]]) -> tuple[trees.Tree, int]:
         """Have `start() -> (pid, descriptor of its report)` start a process in a tree of its own.
 
         Raises `StartFailed`: then nothing is left, its streams neither.
         """
         tree = trees.Tree(0)
         try:
-            tree = self.trees.new(number)
+            tree = self.trees.new()
             self.trees.enter(tree)
             try:
                 tree.pid, report = start()

@@ -51,7 +51,7 @@ class LineChannel(Channel):
     def idle(self) -> bool:
         return super().idle and self._line.idle
 
-    def read(self) -> memoryview | None:
+    def read(self, lacking: int = 0) -> memoryview | None:
         if self._line.over:
             return memoryview(b"")
         raw = super().read()

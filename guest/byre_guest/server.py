@@ -148,7 +148,7 @@ class Server:
         channel, connection = self._channel, self._connection
         if channel is None or connection is None or not channel.readable:
             return
-        data = channel.read()
+        data = channel.read(connection.lacking)
         if data is None:
             return
         if data:

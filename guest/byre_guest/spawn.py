@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import errno
 import os
+import select
 
 from byre_proto.errors import (
     ByreError,
@@ -28,7 +29,7 @@ from byre_proto.errors import (
     WorkingDirectoryNotFound,
 )
 
-from . import linux, terminals
+from . import linux, scheduling, terminals
 from .reaper import IGNORED
 from .signals import signals
 
@@ -42,6 +43,12 @@ DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 #: Longest report of a child: step, errno, a name.
 MAX_REPORT = 4096
 
+#: File systems that nobody writes to while they are mounted: squashfs, erofs (`linux/magic.h`).
+UNCHANGING = (0x73717368, 0xE0F5E1E2)
+
+#: Programs remembered by name and search path; with more, all are forgotten.
+MAX_FOUND = 256
+
 #: The limits of open files, soft and hard, that programs get; None until the agent has raised its own.
 _files: tuple[int, int] | None = None
 
@@ -54,6 +61,7 @@ def settle() -> None:
     global _files
     import resource  # an extension module of its own: not for the first process
 
+    _programs.settle()
     if _files is None:
         _files = resource.getrlimit(resource.RLIMIT_NOFILE)
         _limit_files(_files[1])
@@ -107,9 +115,9 @@ def _command(arguments: dict[str, Any]) -> list[str]:
 
 def _refuse_nul(arguments: dict[str, Any], args: list[str], env: dict[str, str]) -> None:
     for field, texts in (("args", args), ("env", (*env, *env.values())), ("cwd", (arguments["cwd"],))):
-        if any("\0" in text for text in texts):
+        if "\0" in "".join(texts):
             raise InvalidRequest(f"{field} has a NUL character in it", field=field)
-    if any(not name or "=" in name for name in env):
+    if "" in env or "=" in "".join(env):
         raise InvalidRequest("env has a name that is empty or has '=' in it", field="env")
 
 
@@ -135,7 +143,7 @@ def quick(plan: Plan, stdio: list[int], terminal: bool) -> int:
 
     The child begins in the agent's own cgroup.  The agent stands still until the program is loaded.
     """
-    path = _on_root(plan.paths)
+    path = _programs.find(plan.paths)
     if not path:
         return 0
     actions: list[tuple[Any, ...]] = [(os.POSIX_SPAWN_DUP2, fd, number) for number, fd in enumerate(stdio)]
@@ -152,6 +160,7 @@ def quick(plan: Plan, stdio: list[int], terminal: bool) -> int:
             setsid=True,
             setsigmask=(),
             setsigdef=IGNORED,
+            **scheduling.of_spawned,
         )
     except (OSError, NotImplementedError):
         return 0  # the report of `fork` says what is wrong
@@ -160,8 +169,48 @@ def quick(plan: Plan, stdio: list[int], terminal: bool) -> int:
             _limit_files(_files[1])
 
 
+class Programs:
+    """Where programs are on the root file system.
+
+    What was found is remembered as long as it cannot change: on a root that nobody can write to, until something is
+    mounted or unmounted.  To look through PATH takes an emulated agent a millisecond.
+    """
+
+    def __init__(self) -> None:
+        self._found: dict[tuple[str, ...], str] = {}
+        self._mounts: select.poll | None = None  # reports that what is mounted has changed
+
+    def settle(self) -> None:
+        """Begin to remember, where that is right.  Harmless when repeated."""
+        if self._mounts is not None:
+            return
+        root = os.open("/", os.O_PATH | os.O_CLOEXEC)
+        try:
+            unchanging = linux.filesystem_type(root) in UNCHANGING
+        finally:
+            os.close(root)
+        if unchanging:
+            self._mounts = select.poll()
+            self._mounts.register(os.open("/proc/self/mountinfo", os.O_RDONLY | os.O_CLOEXEC), select.POLLPRI)
+
+    def find(self, paths: list[str]) -> str:
+        """The first of `paths` that exists, if all that was looked through is on the root file system; or ""."""
+        if self._mounts is None:
+            return _on_root(paths)
+        if self._mounts.poll(0) or len(self._found) >= MAX_FOUND:
+            self._found.clear()
+        key = tuple(paths)
+        found = self._found.get(key) or _on_root(paths)
+        if found:
+            self._found[key] = found
+        return found
+
+
+_programs = Programs()
+
+
 def _on_root(paths: list[str]) -> str:
-    """The first of `paths` that exists, if all that was looked through is the root file system itself; or "".
+    """See `Programs.find`.
 
     For the first process of a VM any will do: what init has mounted does not block.
     """

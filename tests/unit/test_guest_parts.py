@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from byre_guest import init, linux, modules, processes, spawn, system, terminals
-from byre_guest.channels import Channel
+from byre_guest.channels import FEW, FRAME, PAGE, READ_SIZE, Channel
 from byre_guest.logs import INFO, MAX_EARLY, Logs, describe
 from byre_guest.pumps import BULK_SIZE, F_SETPIPE_SZ, PIPE_SIZE, Frames
 from byre_proto import errors, events, frames
@@ -203,6 +203,37 @@ def test_a_channel_writes_in_order_as_room_comes() -> None:
     got += os.read(reading, 1 << 16)
     channel.close()
     assert bytes(got) == b"".join(data)
+
+
+@pytest.mark.parametrize("port", [False, True])
+@pytest.mark.parametrize("size", [1, PAGE, FEW - 1, FEW, FEW + 1, FEW + PAGE, READ_SIZE + 17])
+def test_a_channel_reads_all_that_there_is_and_then_says_so(size: int, port: bool) -> None:
+    reading, writing = os.pipe()
+    fcntl.fcntl(writing, F_SETPIPE_SZ, PIPE_SIZE)
+    data = os.urandom(size)
+    channel = Channel(reading, writing, port=port)
+    for _ in range(2):  # after much, and after little
+        os.write(writing, data)
+        channel.readable, got = True, b""
+        while channel.readable:
+            got += channel.read() or b""
+        assert got == data
+        assert channel.read() is None
+    channel.close()
+
+
+@pytest.mark.parametrize("port", [False, True])
+def test_a_channel_reads_to_the_end_of_a_frame(port: bool) -> None:
+    reading, writing = os.pipe()
+    fcntl.fcntl(writing, F_SETPIPE_SZ, PIPE_SIZE)
+    channel = Channel(reading, writing, port=port)
+    for lacking, most in ((0, READ_SIZE), (17, 17 + FRAME), (0, READ_SIZE)):
+        os.write(writing, bytes(READ_SIZE + 1000))
+        channel.readable = True
+        assert len(channel.read(lacking) or b"") == most
+        while channel.readable:
+            channel.read()
+    channel.close()
 
 
 @pytest.mark.parametrize("most", [1, MAX_DATA - 1, MAX_DATA, MAX_DATA + 1, BULK_SIZE - 1, BULK_SIZE, BULK_SIZE + 1])

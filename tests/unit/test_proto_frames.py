@@ -68,6 +68,21 @@ def test_any_cut_gives_the_same_frames(sent: list[tuple[int, int, bytes]], cuts:
 
 
 @unhurried
+@given(some_frames, st.integers(0, 600))
+def test_what_a_frame_lacks_ends_it(sent: list[tuple[int, int, bytes]], cut: int) -> None:
+    data = b"".join(frames.encode(*frame) for frame in sent)
+    buffer = FrameBuffer()
+    got, at = list(buffer.frames(data[:cut])), min(cut, len(data))
+    while buffer.lacking:  # of a header first, then of what that announces
+        lacking = buffer.lacking
+        assert len(data[at : at + lacking]) == lacking
+        got += list(buffer.frames(data[at : at + lacking]))
+        at += lacking
+    assert sum(frames.HEADER_SIZE + len(payload) for _, _, payload in got) == at
+    assert got == sent[: len(got)]
+
+
+@unhurried
 @given(st.binary(max_size=80), st.integers(1, 9))
 def test_arbitrary_bytes_give_frames_or_a_protocol_error(data: bytes, chunk: int) -> None:
     def run(chunk: int) -> tuple[list[tuple[int, int, bytes]], str]:

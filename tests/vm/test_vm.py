@@ -67,6 +67,32 @@ async def test_a_process_of_the_machine_is_like_any_other(vm: Any) -> None:
         assert await ended(process) == 137
 
 
+async def test_a_program_is_looked_for_again_when_something_was_mounted(vm: Any) -> None:
+    mount = """
+mount -t tmpfs tmpfs /usr/sbin
+printf '#!/bin/sh\\nexit 7\\n' >/usr/sbin/true
+chmod 755 /usr/sbin/true"""
+    assert (await vm.run(["true"])).returncode == 0
+    await vm.run(mount, shell=True, check=True)
+    try:
+        assert (await vm.run(["true"])).returncode == 7
+    finally:
+        await vm.run(["umount", "/usr/sbin"], check=True)
+    assert (await vm.run(["true"])).returncode == 0
+
+
+async def test_what_the_agent_starts_is_scheduled_as_everything_is(vm: Any, busybox: str) -> None:
+    await vm.info()  # the agent has settled
+    show = ["python3", "-c", "import os; print(os.sched_getscheduler(1), os.sched_getscheduler(0))"]
+    for options in ({}, {"cwd": "/tmp"}):  # spawned, and forked
+        shown = await vm.run(show, capture_output=True, check=True, **options)
+        assert shown.stdout.split() == [str(os.SCHED_BATCH).encode(), str(os.SCHED_OTHER).encode()]
+    async with await vm.create_container(image=busybox, args=["sleep", "infinity"]) as container:
+        await container.start()
+        policies = ["cut", "-d", " ", "-f", "41", "/proc/1/stat", "/proc/self/stat"]  # proc(5)
+        assert (await container.run(policies, capture_output=True, check=True)).stdout == b"0\n0\n"
+
+
 @pytest.mark.behaviour("B40")
 async def test_a_machine_that_dies_before_its_agent_answers_fails_at_once(tmp_path: Path) -> None:
     started = time.monotonic()
