@@ -14,7 +14,12 @@ from byre_proto.errors import RequestTooLarge, ResourceExhausted
 from byre_proto.frames import LocalProtocolError, RemoteProtocolError
 from tests.fuzz.pair import RESUMABLE, Pair
 
-SHOWN: dict[str, Callable[[], None]] = {}
+from . import test_cuts
+
+#: Limit -> its test.  The core has no clock: what has to do with time is kept by the agent and the bridge.
+SHOWN: dict[str, Callable[..., object]] = {
+    "RESUME_SECONDS": test_cuts.test_a_session_that_is_not_carried_on_in_time_is_given_up_by_both_sides
+}
 
 
 def shows(*names: str) -> Callable[[Callable[[], None]], Callable[[], None]]:
