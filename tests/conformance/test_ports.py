@@ -212,7 +212,7 @@ async def test_nobody_listens(there: Any) -> None:
 
 async def test_wait_for_port(there: Any, python: str, free_path: str) -> None:
     with pytest.raises(errors.DeadlineExceeded) as late:
-        await there.wait_for_port(1, timeout=0.2)
+        await there.wait_for_port(1, timeout=2)
     assert isinstance(late.value, TimeoutError)
     assert "nobody listens" in late.value.data["last"]
     waiting = asyncio.ensure_future(there.wait_for_port(free_path, timeout=SOON * 3))

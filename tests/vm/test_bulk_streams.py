@@ -16,6 +16,7 @@ import pytest
 from byre import ProcessParameters
 from byre_guest import pumps
 from tests.conformance.test_process import SOON
+from tests.conftest import machine_options
 
 pytestmark = pytest.mark.vm
 
@@ -146,7 +147,11 @@ async def test_many_streams_that_were_bulk_and_are_read_no_more_do_not_fill_the_
             capture_output=True, check=True,
         )  # fmt: skip
         large = [size for size in map(int, sizes.stdout.split()) if size > 65536]
-        assert 0 < len(large) <= pumps.PIPES_BUDGET // pumps.PIPE_SIZE < len(processes)
+        assert len(large) <= pumps.PIPES_BUDGET // pumps.PIPE_SIZE < len(processes)
+        if (
+            machine_options()["transport"] == "virtio-serial"
+        ):  # elsewhere frames are kept for replay: nothing is bulk
+            assert large
     finally:
         for process in processes:
             await process.kill()

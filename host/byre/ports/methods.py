@@ -97,8 +97,10 @@ class Sockets:
                     "socket.connect", timeout=patience, container=self._container, **where.request
                 )
                 return
-            except (ConnectionRefused, PathNotFound, DeadlineExceeded) as error:
+            except (ConnectionRefused, PathNotFound) as error:
                 last = error.message
+            except DeadlineExceeded as error:  # a refusal says more
+                last = last or error.message
             if loop.time() + pause >= deadline:
                 raise DeadlineExceeded(
                     f"nobody listened at {where} within {timeout:g} s",
