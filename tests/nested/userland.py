@@ -35,6 +35,7 @@ DISTRIBUTIONS = (
     "prometheus-client",
     "qemu.qmp",
     "msgpack",
+    "pyserial",
 )
 # Below the disk's root.
 TREE, LIBRARIES, CACHE, BUSYBOX_COPY = "tree", "site-packages", "cache", "busybox"
