@@ -11,17 +11,9 @@ import contextlib
 import os
 import socket
 import sys
-from typing import TYPE_CHECKING, Self
 
+from .agenthost import AgentHost
 from .bridge import Bridge
-from .errors import ConnectionLost, MachineFailed
-from .process import GuestProcessHost
-
-if TYPE_CHECKING:
-    from types import TracebackType
-
-#: The agent is a Python program of a few hundred ms on a slow host.
-START_TIMEOUT = 30.0
 
 #: How long the agent may take to kill what it started, in seconds.
 STOP_TIMEOUT = 10.0
@@ -34,28 +26,20 @@ _PROGRAM = (
 )
 
 
-class LocalHost(GuestProcessHost):
+class LocalHost(AgentHost):
     """A `ProcessHost` whose processes run on this host, as this user.  An async context manager."""
 
     def __init__(self) -> None:
-        self._bridge: Bridge | None = None
+        super().__init__()
         self._agent: asyncio.subprocess.Process | None = None
-
-    @property
-    def bridge(self) -> Bridge:
-        if self._bridge is None:
-            raise ConnectionLost("the agent is not running", hint="use: async with LocalHost() as host")
-        return self._bridge
 
     @property
     def pid(self) -> int | None:
         """The agent's process id."""
         return self._agent.pid if self._agent is not None else None
 
-    async def start(self) -> None:
-        """Start the agent.  After an error or a cancellation nothing of it is left."""
-        if self._bridge is not None:
-            raise MachineFailed("a LocalHost starts once", hint="make another one")
+    async def _reach(self) -> Bridge:
+        """Start the agent."""
         ours, theirs = socket.socketpair()
         with theirs:
             ours.setblocking(False)
@@ -65,17 +49,11 @@ class LocalHost(GuestProcessHost):
             except BaseException:
                 ours.close()
                 raise
-        self._bridge = Bridge(ours, label="local")
-        try:
-            await self._bridge.open(START_TIMEOUT)
-        except BaseException:
-            await asyncio.shield(self.close())
-            raise
+        return Bridge(ours, label="local")
 
     async def close(self) -> None:
         """End the agent and all that it started.  Harmless when repeated (B51)."""
-        if self._bridge is not None:
-            await self._bridge.close("the LocalHost was closed")
+        await super().close()
         if self._agent is not None and self._agent.returncode is None:
             try:
                 async with asyncio.timeout(STOP_TIMEOUT):
@@ -84,15 +62,6 @@ class LocalHost(GuestProcessHost):
                 with contextlib.suppress(ProcessLookupError):
                     self._agent.kill()
                 await self._agent.wait()
-
-    async def __aenter__(self) -> Self:
-        await self.start()
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        await self.close()
 
 
 def _packages() -> str:

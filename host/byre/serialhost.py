@@ -9,26 +9,21 @@ line is waited for; a port that goes away is opened again, and what was under wa
 
 from __future__ import annotations
 
-import asyncio
 from functools import partial
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
+from .agenthost import START_TIMEOUT, AgentHost
 from .bridge import Bridge
-from .errors import ConnectionLost, MachineFailed, TransportUnavailable
+from .errors import TransportUnavailable
 from .line_channel import LineChannel
 from .machines.console import ConsoleRing
-from .process import GuestProcessHost
 from .transports.serial import BAUDRATE, SerialPort, open_port
 
 if TYPE_CHECKING:
     import socket
-    from types import TracebackType
-
-#: How long the agent may take to answer, in seconds: it asks every two, and a bad line loses some of that.
-START_TIMEOUT = 30.0
 
 
-class SerialHost(GuestProcessHost):
+class SerialHost(AgentHost):
     """A `ProcessHost` behind a device ("/dev/ttyUSB0") or a URL of pyserial's.  An async context manager.
 
     `settings` are pyserial's ("rtscts", "stopbits", ...); the agent's end must have the same.
@@ -37,35 +32,18 @@ class SerialHost(GuestProcessHost):
     def __init__(
         self, url: str, baudrate: int = BAUDRATE, *, start_timeout: float = START_TIMEOUT, **settings: Any
     ) -> None:
+        super().__init__(start_timeout)
         self.url = url
         self._baudrate = baudrate
         self._settings = settings
-        self._start_timeout = start_timeout
         self._console = ConsoleRing()
         self._port: SerialPort | None = None
-        self._bridge: Bridge | None = None
 
-    @property
-    def bridge(self) -> Bridge:
-        if self._bridge is None:
-            raise ConnectionLost("the line is not open", hint="use: async with SerialHost(url) as host")
-        return self._bridge
-
-    async def start(self) -> None:
-        """Open the port and find the agent.  After an error or a cancellation the port is closed.
-
-        Raises `TransportUnavailable`, `InvalidRequest`, `DeadlineExceeded` when no agent answers.
-        """
-        if self._bridge is not None:
-            raise MachineFailed("a SerialHost starts once", hint="make another one")
+    async def _reach(self) -> Bridge:
+        """Open the port.  Raises `TransportUnavailable`, `InvalidRequest`."""
         self._port = await open_port(self.url, self._baudrate, **self._settings)
         channel = partial(LineChannel, noise=self._console.feed)
-        self._bridge = Bridge(self._port.socket, label=self.url, channel=channel, redial=self._open_again)
-        try:
-            await self._bridge.open(self._start_timeout)
-        except BaseException:
-            await asyncio.shield(self.close())
-            raise
+        return Bridge(self._port.socket, label=self.url, channel=channel, redial=self._open_again)
 
     async def _open_again(self) -> socket.socket:
         assert self._port is not None, "it was open"
@@ -81,17 +59,6 @@ class SerialHost(GuestProcessHost):
         return self._console.tail(lines)
 
     async def close(self) -> None:
-        """Let the line go.  Harmless when repeated (B51)."""
-        if self._bridge is not None:
-            await self._bridge.close("the SerialHost was closed")
+        await super().close()
         if self._port is not None:
             await self._port.close()
-
-    async def __aenter__(self) -> Self:
-        await self.start()
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        await self.close()

@@ -6,44 +6,29 @@ passes over a real port.
 
 from __future__ import annotations
 
-import socket
+from typing import TYPE_CHECKING
 
-from byre.errors import TransportUnavailable
-from byre.transports.base import Transport, Wiring
+from byre.transports.base import Wiring
+from byre.transports.pair import PairTransport
+
+if TYPE_CHECKING:
+    import socket
 
 
-class MemoryTransport(Transport):
+class MemoryTransport(PairTransport):
     """`open` makes the pair; `guest` is the far end, taken and closed by whoever plays the guest."""
 
     name = "memory"
 
     def __init__(self, secret: bytes | None = None) -> None:
+        super().__init__()
         self._secret = secret
-        self._host: socket.socket | None = None
         self.guest: socket.socket | None = None
-
-    @classmethod
-    def unavailable(cls) -> str | None:
-        return None
 
     @property
     def secret(self) -> bytes | None:
         return self._secret
 
     def open(self, bus: str = "") -> Wiring:
-        self._host, self.guest = socket.socketpair()
-        self._host.setblocking(False)
+        self.guest = self._make_pair()
         return Wiring(arguments=(), kernel_argument=f"byre.channel={self.name}", handed=())
-
-    async def connect(self) -> socket.socket:
-        if self._host is None:
-            raise TransportUnavailable("the channel is closed")
-        return self._host.dup()
-
-    def hang_up(self) -> None:
-        self.close()
-
-    def close(self) -> None:
-        if self._host is not None:
-            self._host.close()
-            self._host = None

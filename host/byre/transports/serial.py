@@ -18,7 +18,8 @@ from typing import Any
 
 from byre.errors import InvalidRequest, TransportUnavailable
 from byre.machines.spawn import in_thread
-from byre.transports.base import Transport, Wiring
+from byre.transports.base import Wiring
+from byre.transports.pair import PairTransport
 
 #: Bits per second where none are named: what everybody's console has.
 BAUDRATE = 115_200
@@ -29,26 +30,18 @@ READ_SIZE = 64 * 1024
 POLL = 0.2
 
 
-class Serial(Transport):
+class Serial(PairTransport):
     """The machine's second serial port; the first one is its console.
 
     Raw bytes: what the guest's kernel writes to the same port is in between (where `console=` names it).
+    When it is hung up, the agent goes on greeting, and a clone's host hears it.
     """
 
     name = "serial"
     lossy = True
 
-    def __init__(self) -> None:
-        self._host: socket.socket | None = None
-
-    @classmethod
-    def unavailable(cls) -> str | None:
-        return None
-
     def open(self, bus: str) -> Wiring:
-        self._host, guest = socket.socketpair()
-        self._host.setblocking(False)
-        fd = guest.detach()
+        fd = self._make_pair().detach()
         return Wiring(
             arguments=(
                 *("-chardev", f"socket,id=bridge,fd={fd}"),
@@ -57,20 +50,6 @@ class Serial(Transport):
             kernel_argument=f"byre.channel={self.name}:ttyS1",
             handed=(fd,),
         )
-
-    async def connect(self) -> socket.socket:
-        if self._host is None:
-            raise TransportUnavailable("the serial port is closed")
-        return self._host.dup()
-
-    def hang_up(self) -> None:
-        """Nobody reads the line any more; the agent goes on greeting, and a clone's host hears it."""
-        self.close()
-
-    def close(self) -> None:
-        if self._host is not None:
-            self._host.close()
-            self._host = None
 
 
 async def open_port(url: str, baudrate: int = BAUDRATE, **settings: Any) -> SerialPort:
