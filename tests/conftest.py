@@ -73,16 +73,22 @@ _shown: dict[str, dict[str, dict[str, str]]] = {}  # number -> vehicle -> test i
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[Any]:
     report = yield
     numbers = [n for marker in item.iter_markers("behaviour") for n in marker.args]
-    if numbers and (report.when == "call" or report.outcome != "passed"):
-        for number in numbers:
-            tests = _shown.setdefault(number, {}).setdefault(_vehicle(item) or "any", {})
-            tests[item.nodeid] = report.outcome
+    report.user_properties = [("behaviours", numbers), ("vehicle", _vehicle(item) or "any")]
     return report
 
 
-def pytest_sessionfinish() -> None:
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Runs where the tests run, and again in the process that they report to, if that is another (pytest-xdist)."""
+    properties = dict(report.user_properties)
+    if report.when == "call" or report.outcome != "passed":
+        for number in properties["behaviours"]:
+            tests = _shown.setdefault(number, {}).setdefault(properties["vehicle"], {})
+            tests[report.nodeid] = report.outcome
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
     """Add this run to the record, so that a run of a few tests forgets no other; `make test` begins a new one."""
-    if not _shown:
+    if not _shown or hasattr(session.config, "workerinput"):
         return
     RESULTS.mkdir(parents=True, exist_ok=True)
     file = RESULTS / f"behaviours-{'-'.join(vehicles.selected())}.json"
