@@ -2,6 +2,9 @@
 
 The raw channel is the port of a bare machine: dd in the guest, plain reads and writes at the host, the best of
 several block sizes.  What byre carries is checked with SHA-256 (outside the timed part).
+
+A process has pipes for stdin and stdout, so what a pipe inside the VM gives without an agent is reported too, and
+how much was reached of what port and pipe would give in turn (`*_of_port_and_pipe`): the VM has one virtual CPU.
 """
 
 from __future__ import annotations
@@ -68,6 +71,31 @@ async def raw_in(image: Any, machine: str, runs: int) -> dict[int, list[float]]:
             await loop.sock_recv(channel, 64)
             rates[kib].append(RAW_SIZE / (time.perf_counter() - start))
     return rates
+
+
+#: Two processes and a pipe as large as the agent's; the most of several block sizes, in bytes a second.
+PIPE_INSIDE = f"""
+import fcntl, os, time
+def rate(block):
+    reading, writing = os.pipe()
+    fcntl.fcntl(writing, fcntl.F_SETPIPE_SZ, {MIB})
+    buffer = bytearray(block)
+    if os.fork() == 0:
+        os.close(writing)
+        while os.readv(reading, [buffer]):
+            pass
+        os._exit(0)
+    os.close(reading)
+    start = time.perf_counter()
+    for _ in range({SIZE} // block):
+        rest = memoryview(buffer)
+        while rest:
+            rest = rest[os.write(writing, rest):]
+    os.close(writing)
+    os.wait()
+    return {SIZE} / (time.perf_counter() - start)
+print(max(rate(kib * 1024) for kib in (64, 256, 1024)))
+"""
 
 
 class Carried(NamedTuple):
@@ -137,6 +165,8 @@ async def run(runs: int) -> Report:
         _, shown = await ours_in(vm, piece, "sha256sum")
         digest = hashlib.sha256(piece * (SIZE // PIECE)).hexdigest()
         assert shown.split()[0].decode() == digest, "the bytes are not those that were sent"
+        command = ["/usr/bin/python3", "-c", PIPE_INSIDE]
+        pipes = [float((await vm.run(command, capture_output=True, check=True)).stdout) for _ in range(runs)]
     raw_outs = await raw_out(image, machine, runs)
     raw_ins = await raw_in(image, machine, runs)
     best_out = max(median(rates) for rates in raw_outs.values())
@@ -149,6 +179,9 @@ async def run(runs: int) -> Report:
         figures[f"{way}_host_cpu_s_per_gib"] = median([one.host_s for one in runs_of_it]) * 1024 * MIB / SIZE
     figures |= {f"raw_out_{kib}k_mb_s": median(rates) / 1e6 for kib, rates in raw_outs.items()}
     figures |= {f"raw_in_{kib}k_mb_s": median(rates) / 1e6 for kib, rates in raw_ins.items()}
+    figures["pipe_inside_mb_s"] = median(pipes) / 1e6
+    for way, raw in (("out", best_out), ("in", best_in)):
+        figures[f"{way}_of_port_and_pipe"] = rates[way] * (1 / raw + 1 / median(pipes))
     figures |= {"out_ratio": rates["out"] / best_out, "in_ratio": rates["in"] / best_in}
     ratio = min(figures["out_ratio"], figures["in_ratio"])
     return Report(name="stdio", runs=runs, ratio=ratio, target=TARGET, figures=figures)

@@ -77,7 +77,7 @@ MUTATIONS = (
         "the host gives credit for what arrived, not for what was read",
         "host/byre/streams.py",
         "        if self._wanted:\n            self._settle()",
-        "        self._credited += len(data); self._bridge.consumed(self._number, len(data))",
+        "        self._credited += len(data); self._bridge.streams.consumed(self._number, len(data))",
         ("tests/unit/test_bridge_streams.py",),
     ),
     Mutation(
@@ -85,7 +85,7 @@ MUTATIONS = (
         "the host gives credit for all that arrives: its memory has no bound",
         "host/byre/streams.py",
         "        if self._wanted:\n            self._settle()",
-        "        self._credited += len(data); self._bridge.consumed(self._number, len(data))",
+        "        self._credited += len(data); self._bridge.streams.consumed(self._number, len(data))",
         ("tests/conformance/test_memory.py::test_memory_is_bounded_while_one_side_writes_without_end",),
         "vm",
     ),

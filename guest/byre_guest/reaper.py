@@ -92,7 +92,7 @@ class Reaper:
     def signal(self, pid: int, number: int) -> bool:
         """Signal a watched child; False when it has ended (B7).  By the module's rule it meets no other process."""
         if pid not in self._watched or os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
-            return False  # an end that nobody has been told of yet is left to the loop: this is called from anywhere
+            return False  # an end that nobody was told of yet is left to the loop: this is called from anywhere
         os.kill(pid, number)
         return True
 

@@ -1,4 +1,5 @@
-"""The asyncio shell around `byre_proto.Connection`: one connected socket, many calls (`calls`), streams and events.
+"""The asyncio shell around `byre_proto.Connection`: one connected socket, many calls (`calls`) and streams
+(`stream_table`), and events.
 
 Rule: protocol decisions are the core's, this moves bytes and wakes tasks.  Everything that waits here ends with a
 result, its deadline, its cancellation, or the loss of the connection, which is published once (B42).  A channel
@@ -23,16 +24,13 @@ from byre_proto.limits import RESUME_SECONDS
 
 from . import resumption
 from .calls import Calls, Result
-from .channel import CLOSE_GRACE, SEND_BUFFER, WRITE_BATCH, Channel, Owner
-from .errors import ByreError, ConnectionLost, DeadlineExceeded, NotSupported, StreamReset
+from .channel import CLOSE_GRACE, SEND_BUFFER, Channel, Owner
+from .errors import ByreError, ConnectionLost, DeadlineExceeded, NotSupported
 from .guestlog import GuestLog
-from .streams import BridgeReader, StreamTransport
+from .stream_table import StreamTable
 
 if TYPE_CHECKING:
     from byre_proto.session import Session
-
-#: Stream data queued in the core before writers wait: enough for the next batch.
-MAX_BACKLOG = 2 * WRITE_BATCH
 
 #: How long a machine's own word for its end is awaited after its channel ended, in seconds (B42: within one).
 EXPLAIN_GRACE = 0.5
@@ -70,8 +68,7 @@ class Bridge(Calls):
     ) -> None:
         super().__init__()
         self.label = label
-        self.readers: dict[int, BridgeReader] = {}
-        self.writers: dict[int, StreamTransport] = {}
+        self.streams = StreamTable(self)
         self.peer = ""
         #: Where set: says why the channel ended, in the words of whoever knows (the machine).
         self.explain: Callable[[], Awaitable[str]] | None = None
@@ -88,7 +85,6 @@ class Bridge(Calls):
         self._channel: Channel | None = None
         self._opened: asyncio.Future[None] | None = None
         self._subscribers: dict[tuple[str, Any], Subscriber] = {}
-        self._waiting: dict[StreamTransport, None] = {}  # writers that wait for a smaller backlog, in order
         self._loss: ConnectionLost | None = None
         self._lost = asyncio.Event()
         self._flush_due = False
@@ -208,42 +204,17 @@ class Bridge(Calls):
         elif isinstance(event, events.RequestReceived):
             self.refuse(event.call, NotSupported("this side answers no requests"))
 
-    # -- what streams need ---------------------------------------------------------------------------------
+    # -- the channel's side --------------------------------------------------------------------------------
 
     @property
     def session(self) -> Session:
         return self._connection.session
-
-    @property
-    def congested(self) -> bool:
-        """Whether writers should wait: enough is queued for the socket."""
-        return self.session.data_backlog >= MAX_BACKLOG
-
-    def call_when_clear(self, writer: StreamTransport) -> None:
-        self._waiting[writer] = None
-
-    def consumed(self, number: int, amount: int) -> None:
-        self.session.consume(number, amount)
-        self.flush_soon()
-        self._forget_reader(number)
-
-    def stop_reading(self, number: int) -> None:
-        if self.readers.pop(number, None) is not None:
-            self.session.stop(number)
-            self.flush_soon()
-
-    def forget_writer(self, number: int) -> None:
-        writer = self.writers.pop(number, None)
-        if writer is not None:
-            self._waiting.pop(writer, None)
 
     def flush_soon(self) -> None:
         """Send what is queued before the loop waits again: what one turn says goes out together."""
         if not self._flush_due:
             self._flush_due = True
             asyncio.get_running_loop().call_soon(self._flush)
-
-    # -- the channel's side --------------------------------------------------------------------------------
 
     def _flush(self) -> None:
         self._flush_due = False
@@ -257,10 +228,7 @@ class Bridge(Calls):
             if not frames:
                 break
             channel.write(frames)
-            while self._waiting and not self.congested:
-                writer = next(iter(self._waiting))
-                del self._waiting[writer]
-                writer.pump()
+            self.streams.pump_waiting()
 
     def channel_made(self, channel: Channel) -> None:
         self._channel = channel
@@ -373,11 +341,7 @@ class Bridge(Calls):
             self._opened.set_exception(self._lost_error())
             self._opened.exception()  # perhaps nobody awaits it
         self.lose_calls(self._lost_error)
-        for reader in self.readers.values():
-            reader.fail(self._lost_error())
-        for writer in list(self.writers.values()):
-            writer.fail(self._lost_error())
-        self.readers.clear()
+        self.streams.lose(self._lost_error)
         subscribers, self._subscribers = self._subscribers, {}
         for subscriber in subscribers.values():
             subscriber(self._lost_error())
@@ -413,38 +377,6 @@ class Bridge(Calls):
     def _on_log(self, event: events.LogReceived) -> None:
         self._log.emit(event.source, event.level, event.message, event.dropped)
 
-    def _on_data(self, event: events.DataReceived) -> None:
-        reader = self.readers.get(event.stream)
-        if reader is not None:
-            reader.feed_data(event.data)
-
-    def _on_eof(self, event: events.EofReceived) -> None:
-        reader = self.readers.get(event.stream)
-        if reader is not None:
-            reader.feed_eof()
-            self._forget_reader(event.stream)
-
-    def _forget_reader(self, number: int) -> None:
-        """Once it has ended and all is read.  The session may know of an EOF that is yet to be dispatched here."""
-        if number not in self.session.streams and number in self.readers and self.readers[number].ended:
-            del self.readers[number]
-
-    def _on_reset(self, event: events.ResetReceived) -> None:
-        reader = self.readers.pop(event.stream, None)
-        if reader is not None:
-            reader.fail(StreamReset("the guest gave up this stream: bytes may be missing", reason=event.reason))
-            self.session.stop(event.stream)
-
-    def _on_stop(self, event: events.StopReceived) -> None:
-        writer = self.writers.get(event.stream)
-        if writer is not None:
-            writer.fail(BrokenPipeError("the process no longer reads this stream"))
-
-    def _on_credit(self, event: events.CreditReceived) -> None:
-        writer = self.writers.get(event.stream)
-        if writer is not None:
-            writer.pump()
-
 
 _HANDLERS: dict[type[events.Event], Callable[[Bridge, Any], None]] = {
     events.Connected: Bridge._on_connected,
@@ -455,10 +387,10 @@ _HANDLERS: dict[type[events.Event], Callable[[Bridge, Any], None]] = {
     events.ErrorReceived: Bridge.on_error,
     events.EventReceived: Bridge._on_event,
     events.LogReceived: Bridge._on_log,
-    events.DataReceived: Bridge._on_data,
-    events.EofReceived: Bridge._on_eof,
-    events.ResetReceived: Bridge._on_reset,
-    events.StopReceived: Bridge._on_stop,
-    events.CreditReceived: Bridge._on_credit,
+    events.DataReceived: lambda bridge, event: bridge.streams.on_data(event),
+    events.EofReceived: lambda bridge, event: bridge.streams.on_eof(event),
+    events.ResetReceived: lambda bridge, event: bridge.streams.on_reset(event),
+    events.StopReceived: lambda bridge, event: bridge.streams.on_stop(event),
+    events.CreditReceived: lambda bridge, event: bridge.streams.on_credit(event),
     events.PongReceived: Bridge.on_pong,
 }

@@ -28,8 +28,8 @@ class Passage:
         self.done = False  # all was handed over, or it was given up
         self._held = False  # one side's connection is gone
         this: Any = self  # it answers all that a bridge asks of its readers and writers
-        source.readers[source_number] = this
-        sink.writers[sink_number] = this
+        source.streams.readers[source_number] = this
+        sink.streams.writers[sink_number] = this
 
     def feed_data(self, data: bytes | memoryview) -> None:
         self._waiting.append(bytes(data))
@@ -45,19 +45,19 @@ class Passage:
         if self._held:
             return
         while self._waiting and (credit := session.credit(self._sink_number)) > 0:
-            if self._sink.congested:
+            if self._sink.streams.congested:
                 this: Any = self
-                self._sink.call_when_clear(this)
+                self._sink.streams.call_when_clear(this)
                 break
             piece = self._waiting.popleft()
             if len(piece) > credit:
                 self._waiting.appendleft(piece[credit:])
                 piece = piece[:credit]
             session.send(self._sink_number, piece)
-            self._source.consumed(self._source_number, len(piece))
+            self._source.streams.consumed(self._source_number, len(piece))
         if self.ended and not self._waiting and session.credit(self._sink_number) >= 0:
             session.send_eof(self._sink_number)
-            self._sink.forget_writer(self._sink_number)
+            self._sink.streams.forget_writer(self._sink_number)
             self.done = True
         self._sink.flush_soon()
 
@@ -76,7 +76,7 @@ class Passage:
 
     def _end(self, reason: int) -> None:
         self.done = True
-        self._source.stop_reading(self._source_number)
+        self._source.streams.stop_reading(self._source_number)
         self._sink.session.reset(self._sink_number, reason)
-        self._sink.forget_writer(self._sink_number)
+        self._sink.streams.forget_writer(self._sink_number)
         self._sink.flush_soon()

@@ -73,7 +73,7 @@ class BridgeReader(asyncio.StreamReader):
 
     def stop(self) -> None:
         """Read no more: what is buffered stays readable, then the end (B4).  Harmless when repeated."""
-        self._bridge.stop_reading(self._number)
+        self._bridge.streams.stop_reading(self._number)
         if not self.ended and self.exception() is None:
             self.feed_eof()
 
@@ -98,7 +98,7 @@ class BridgeReader(asyncio.StreamReader):
         taken = self.received - kept - self._credited
         if taken > 0:
             self._credited += taken
-            self._bridge.consumed(self._number, taken)
+            self._bridge.streams.consumed(self._number, taken)
 
 
 class StreamTransport(asyncio.Transport):
@@ -182,8 +182,8 @@ class StreamTransport(asyncio.Transport):
             room = min(session.credit(self._number), MAX_DATA)
             if room <= 0:
                 break
-            if self._bridge.congested:
-                self._bridge.call_when_clear(self)
+            if self._bridge.streams.congested:
+                self._bridge.streams.call_when_clear(self)
                 break
             piece = self._take(room)
             session.send(self._number, piece)
@@ -202,7 +202,7 @@ class StreamTransport(asyncio.Transport):
         self._lost = self._closing = True
         self._buffer.clear()
         self._buffered = 0
-        self._bridge.forget_writer(self._number)
+        self._bridge.streams.forget_writer(self._number)
         self._protocol.connection_lost(error)
 
     def _take(self, room: int) -> bytes:
@@ -235,7 +235,7 @@ def open_writer(
     protocol = asyncio.StreamReaderProtocol(reader, loop=loop)
     transport = (kind or StreamTransport)(bridge, number, protocol)
     protocol.connection_made(transport)
-    bridge.writers[number] = transport
+    bridge.streams.writers[number] = transport
     return number, asyncio.StreamWriter(transport, protocol, reader, loop), transport
 
 
@@ -245,5 +245,5 @@ def open_reader(bridge: Bridge, number: int = 0) -> tuple[int, BridgeReader]:
         bridge.session.accept_stream(number, sending=False, receiving=True)
     else:
         number = bridge.session.new_stream(sending=False, receiving=True)
-    reader = bridge.readers[number] = BridgeReader(bridge, number)
+    reader = bridge.streams.readers[number] = BridgeReader(bridge, number)
     return number, reader

@@ -49,8 +49,8 @@ async def test_bytes_arrive_whole_and_then_the_end() -> None:
         assert reader.at_eof()
         assert await reader.read() == b""
         assert not bridge.session.streams
-        assert not bridge.readers
-        assert not guest.bridge.writers
+        assert not bridge.streams.readers
+        assert not guest.bridge.streams.writers
 
 
 @pytest.mark.behaviour("B3")
@@ -191,5 +191,5 @@ async def test_many_writers_share_the_channel() -> None:
         received = await asyncio.wait_for(asyncio.gather(*(reader.read() for _, _, reader in streams)), SOON)
         await asyncio.gather(*sending)
         assert all(each == data for each in received)
-        assert not bridge.writers
+        assert not bridge.streams.writers
         assert not bridge.session.streams

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from byre import ProcessParameters, errors
-from byre.bridge import MAX_BACKLOG
 from byre.process import GuestProcess
 from byre.sockethost import SocketHost
+from byre.stream_table import MAX_BACKLOG
 from tests.cuts.__main__ import measure, peak_mib
 from tests.cuts.agent import cut_host, listening_agent
 from tests.cuts.proxy import PLACES, CuttingProxy

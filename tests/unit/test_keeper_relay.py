@@ -228,7 +228,7 @@ def test_errors_arrive_as_their_class_and_leave_no_stream() -> None:
             with pytest.raises(NotSupported):
                 await client.bridge.call("container.state", container="web")
             await until(lambda: not made.upstream.session.streams)
-            assert not made.upstream.readers and not made.upstream.writers
+            assert not made.upstream.streams.readers and not made.upstream.streams.writers
 
     run(test)
 

@@ -344,5 +344,5 @@ async def test_a_create_that_fails_leaves_no_stream(host: MemoryHost) -> None:
     with pytest.raises(ProgramNotFound, match="nope"):
         await host.create_process(ProcessParameters(args=["nope"], stdin=True, stdout=True, stderr=True))
     assert not host.bridge.session.streams
-    assert not host.bridge.readers
-    assert not host.bridge.writers
+    assert not host.bridge.streams.readers
+    assert not host.bridge.streams.writers
