@@ -2,6 +2,8 @@
 # .venv/ for Python; both share the set-up, so the second is quick.
 
 PYTHON   ?= /usr/bin/python3
+# Two tests at once: under the emulator a VM takes a processor.
+PYTEST_FLAGS ?= --numprocesses=2
 VENV     := .venv
 BIN      := $(VENV)/bin
 RESULTS  := test-results
