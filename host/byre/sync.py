@@ -65,7 +65,7 @@ class _Loop:
     """The background loop; its thread starts with the first call, and ends with the program."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a finalizer may run within it
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
 
@@ -83,6 +83,10 @@ class _Loop:
             if not job.outcome.done():  # this thread was interrupted
                 loop.call_soon_threadsafe(job.cancel)
                 concurrent.futures.wait([job.outcome])
+
+    def soon(self, call: Callable[..., object], *arguments: object) -> None:
+        """Have the loop call this, and wait for nothing."""
+        self._started().call_soon_threadsafe(call, *arguments)
 
     def _started(self) -> asyncio.AbstractEventLoop:
         with self._lock:
@@ -162,7 +166,7 @@ class Process(Facade):
         if "_files" not in vars(self):
             stdin, stdout, stderr = self._target.stdio
             self._files = Stdio(
-                None if stdin is None else io.BufferedWriter(_Writer(stdin), BUFFER),
+                None if stdin is None else _BufferedWriter(_Writer(stdin), BUFFER),
                 None if stdout is None else io.BufferedReader(_Reader(stdout), BUFFER),
                 None if stderr is None else io.BufferedReader(_Reader(stderr), BUFFER),
             )
@@ -205,7 +209,7 @@ class Connection(Facade):
     def __iter__(self) -> Iterator[Any]:
         if "_pair" not in vars(self):
             reader, writer = self._target
-            self._pair = io.BufferedReader(_Reader(reader), BUFFER), io.BufferedWriter(_Writer(writer), BUFFER)
+            self._pair = io.BufferedReader(_Reader(reader), BUFFER), _BufferedWriter(_Writer(writer), BUFFER)
         return iter(self._pair)
 
     @property
@@ -353,6 +357,8 @@ class _Reader(io.RawIOBase):
 
 
 class _Writer(io.RawIOBase):
+    dropped = False  # nobody has it any longer, nor can wait
+
     def __init__(self, writer: asyncio.StreamWriter) -> None:
         self._writer = writer
 
@@ -365,12 +371,26 @@ class _Writer(io.RawIOBase):
             await self._writer.drain()
             return len(piece)
 
-        return _loop.run(write(bytes(data)))
+        if not self.dropped:
+            return _loop.run(write(bytes(data)))
+        _loop.soon(self._writer.write, bytes(data))
+        return memoryview(data).nbytes
 
     def close(self) -> None:
         if not self.closed:
             super().close()
-            _loop.run(_in_loop(self._writer.close, (), {}))
+            _loop.soon(self._writer.close)
+
+
+class _BufferedWriter(io.BufferedWriter):
+    """What is dropped without being closed is flushed and closed by whatever thread the garbage collector runs in,
+    and that may be one whose start the loop is waiting for."""
+
+    raw: _Writer
+
+    def __del__(self) -> None:
+        self.raw.dropped = True
+        super().__del__()
 
 
 _FACADES: tuple[tuple[type, type[Facade]], ...] = (

@@ -142,3 +142,20 @@ def test_the_loop_itself_cannot_wait_for_itself(host: Host) -> None:
 
     with pytest.raises(RuntimeError, match="asyncio"):
         sync._loop.run(wrong())
+
+
+def test_a_file_that_is_dropped_is_flushed_and_closed_without_waiting(host: Host) -> None:
+    """The garbage collector runs in any thread: in the loop's own, and in one whose start the loop waits for."""
+    with host.create_process(ProcessParameters(args=["cat"], stdin=True, stdout=True)) as process:
+        files = [process._target.stdio.stdin]
+        file = sync._BufferedWriter(sync._Writer(files.pop()), 64)
+        file.write(b"unflushed")
+        files.append(file)
+        del file
+
+        async def drop() -> None:
+            files.clear()
+
+        sync._loop.run(drop())
+        assert process.stdio.stdout.read() == b"unflushed"
+        assert process.wait().code == 7
