@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from byre import ProcessParameters, Resources, errors
+from byre import Resources, errors
+from tests.conformance import test_container as alone
 from tests.conformance.test_container import HOG, output
 from tests.conformance.test_process import SOON, read_until, shell
 
@@ -161,21 +162,21 @@ async def test_the_first_process_of_a_pod_gives_nothing_away(vm: Any, busybox: s
         assert set(fds.split()) == {"/dev/null"}
 
 
-@pytest.mark.behaviour("B20", "B21", "B23", "B27", "B28")
-async def test_a_container_of_a_pod_is_a_container(pod: Any, busybox: str) -> None:
-    container = await pod.create_container(image=busybox, args=["sh", "-c", "echo early; read x; echo $x; exit 3"])
-    init = await container.create_process(None)
-    await container.start()
-    assert await read_until(init, b"early\n") == b"early\n"
-    async with await container.create_process(ProcessParameters(args=["cat"], stdin=True, stdout=True)) as exec:
-        exec.stdio.stdin.write(b"through\n")
-        await exec.close_stdin()
-        assert await exec.stdio.stdout.read() == b"through\n"
-    statistics = await container.properties_v2("Statistics")
-    assert statistics["LCOWMetrics"]["pids"]["current"] >= 1
-    listed = (await container.properties("ProcessList"))["ProcessList"]
-    assert [entry for entry in listed if entry["ProcessId"] > 0]
-    init.stdio.stdin.write(b"word\n")
-    assert (await asyncio.wait_for(container.wait(), SOON)).code == 3
-    await container.terminate()
-    await init.close()
+#: Behaviours of a container that sharing could spoil.
+BEHAVIOURS = (
+    alone.test_init_is_there_before_its_code_runs,
+    alone.test_an_init_that_nobody_asked_for_logs,
+    alone.test_shutdown_sends_the_stop_signal_and_terminate_kills,
+    alone.test_terminating_what_never_started_ends_its_wait,
+    alone.test_the_end_of_init_is_the_end_of_all,
+    alone.test_wait_channel_and_wait_error_agree_with_wait,
+    alone.test_statistics_without_limits,
+    alone.test_out_of_memory_kills_inside_only,
+    alone.test_a_fork_bomb_meets_its_limit,
+)
+
+
+@pytest.mark.parametrize("behaves", BEHAVIOURS, ids=lambda test: test.__name__.removeprefix("test_"))
+async def test_as_a_container_alone(vm: Any, busybox: str, behaves: Any) -> None:
+    async with await vm.create_pod("alike", share_pid=True) as pod:
+        await behaves(pod, busybox)
