@@ -1,6 +1,6 @@
 """What a container reads of names: /etc/hosts, /etc/hostname, /etc/resolv.conf, as container users expect them.
 
-    write(directory, hostname, ...)  make the three
+    write(directory, names)          make the three
     add(directory, name)             one more name of this machine, in a pod's hosts
     mounts(directory, spec)          the mounts that put them in their places
 
@@ -27,14 +27,14 @@ _HOSTS = f"{LOOPBACK}\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n"
 MAX_HOSTS = 64 * 1024
 
 
-def write(directory: str, names: list[str], address: str = LOOPBACK, nameserver: str = "") -> None:
+def write(directory: str, names: list[str]) -> None:
     """Make them; of `names` the first is the host name.  Raises OSError."""
     os.makedirs(directory, 0o755, exist_ok=True)
-    own = " ".join(dict.fromkeys(name for name in names if name))
+    own = " ".join(dict.fromkeys(names))
     texts = (
-        f"{_HOSTS}{address}\t{own}\n" if own else _HOSTS,
-        f"{names[0]}\n" if names[0] else "",
-        f"nameserver {nameserver}\n" if nameserver else "",
+        f"{_HOSTS}{LOOPBACK}\t{own}\n",
+        f"{names[0]}\n",
+        "",  # there is no network, and so nobody to ask
     )
     for name, text in zip(FILES, texts):
         with open(f"{directory}/{name}", "x", encoding="utf-8") as file:
@@ -42,9 +42,9 @@ def write(directory: str, names: list[str], address: str = LOOPBACK, nameserver:
             file.write(text)
 
 
-def add(directory: str, name: str, address: str = LOOPBACK) -> None:
+def add(directory: str, name: str) -> None:
     """Give the machine one more name, unless it has it.  Raises OSError."""
-    line = f"{address}\t{name}\n".encode()
+    line = f"{LOOPBACK}\t{name}\n".encode()
     with open(f"{directory}/hosts", "r+b", buffering=0) as file:
         if line not in (file.read(MAX_HOSTS) or b"").splitlines(keepends=True):
             os.lseek(file.fileno(), 0, os.SEEK_END)

@@ -172,7 +172,6 @@ BEHAVIOURS = (
     alone.test_wait_channel_and_wait_error_agree_with_wait,
     alone.test_statistics_without_limits,
     alone.test_out_of_memory_kills_inside_only,
-    alone.test_a_fork_bomb_meets_its_limit,
 )
 
 
