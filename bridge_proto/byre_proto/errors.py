@@ -142,6 +142,24 @@ class ContainerNotReady(ByreError):
     code = "container-not-ready"
 
 
+class PodExists(ByreError, FileExistsError):
+    """A pod with this name exists."""
+
+    code = "pod-exists"
+
+
+class PodNotFound(ByreError, LookupError):
+    """No pod has this name."""
+
+    code = "pod-not-found"
+
+
+class PodNotReady(ByreError):
+    """The pod is still being created, or is being deleted."""
+
+    code = "pod-not-ready"
+
+
 class RuntimeFailed(ByreError):
     """The OCI runtime refused; its own words are in the message."""
 

@@ -119,6 +119,7 @@ METHODS: dict[str, tuple[dict[str, tuple[Any, ...]], dict[str, tuple[Any, ...]]]
             "scratch_bytes": ("int", 0),
             "user": ("str", ""),
             "stop_signal": ("int", 15),
+            "pod": ("str", ""),
         },
         {},
     ),
@@ -142,6 +143,19 @@ METHODS: dict[str, tuple[dict[str, tuple[Any, ...]], dict[str, tuple[Any, ...]]]
     "container.processes": ({"container": ("str",)}, {"processes": ("[any]",)}),
     "container.stats": ({"container": ("str",)}, {"stats": ("{any}",)}),
     "container.update": ({"container": ("str",), "resources": ("{any}",)}, {}),
+    # What containers share: network, IPC, host name; processes where `share_pid`; `resources` are all theirs.
+    "pod.create": (
+        {
+            "pod": ("str",),
+            "hostname": ("str", ""),
+            "share_pid": ("bool", False),
+            "resources": ("{any}", {}),
+        },
+        {},
+    ),
+    # With `force` its containers are killed and deleted; without it they have to have ended.
+    "pod.delete": ({"pod": ("str",), "force": ("bool", False)}, {}),
+    "pod.list": ({}, {"pods": ("[any]",)}),
     "container.log": ({"container": ("str",)}, {"data": ("bytes",), "dropped": ("int",)}),
 }
 

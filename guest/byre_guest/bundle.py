@@ -1,6 +1,6 @@
 """What a container needs on disk and in the mount table: scratch, overlay, specs.  All of it in helper children.
 
-    /run/byre/c/ID/scratch      tmpfs of a given size: what the container writes
+    /run/byre/c/ID/scratch      tmpfs of a given size: what the container writes; etc/ in it: see `names`
     /run/byre/c/ID/rootfs       overlay of the layers with it
     /run/byre/c/ID/config.json  the spec for the runtime; config-terminal.json: the same with a terminal
     /run/byre/c/ID/N.*          one call of the runtime: its log, pid file, process object, console socket
@@ -18,7 +18,7 @@ from time import monotonic, sleep
 
 from byre_proto.errors import ContainerNotReady, ResourceExhausted, StorageFailed
 
-from . import cgroups, linux, oci, rootfs, storage, users
+from . import cgroups, linux, names, oci, rootfs, storage, users
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -55,20 +55,26 @@ def path_of(container: str) -> str:
 
 
 def prepare(
-    container: str, layers: list[str], scratch_bytes: int, spec: dict[str, Any], user: str
+    container: str, cgroup: str, layers: list[str], scratch_bytes: int, spec: dict[str, Any], user: str, etc: str
 ) -> dict[str, Any]:
     """Mount the root, set the limits, write the specs; returns the process object of the container's init.
 
-    `layers` are directories, lowest first.  Raises `StorageFailed`, `UserNotFound`, `InvalidRequest`,
-    `ProgramNotFound` and `ProgramNotExecutable` (for a format that cannot run).
+    `layers` are directories, lowest first; `etc` is where a pod has its `names`, "": the container has its own.
+    Raises `StorageFailed`, `UserNotFound`, `InvalidRequest`, `ProgramNotFound` and `ProgramNotExecutable` (for a
+    format that cannot run).
     """
-    bundle, cgroup = path_of(container), cgroups.path_of(container)
+    bundle = path_of(container)
     limits, spec = cgroups.take_limits(spec)
     storage.need("overlay")
     try:
         os.makedirs(bundle, 0o700)
         os.mkdir(cgroup)
         _mount_root(bundle, layers, scratch_bytes)
+        if etc:
+            names.add(etc, container)
+        else:
+            etc = f"{bundle}/scratch/etc"
+            names.write(etc, [str(spec.get("hostname") or container), container])
     except OSError as error:
         raise StorageFailed(f"the root of {container} could not be made: {error}", errno=error.errno) from error
     cgroups.apply(cgroup, limits)
@@ -76,12 +82,12 @@ def prepare(
     root_fd = rootfs.open_root(root)
     try:
         process = _init_process(root_fd, spec["process"], user)
-        mounts = [_volume(root_fd, mount) for mount in spec.get("mounts", [])]
+        mounts = [_volume(root_fd, mount) for mount in spec.get("mounts", [])] + names.mounts(etc, spec)
         if not _below_a_mount(process, mounts):
             _find_program(root_fd, process)
     finally:
         os.close(root_fd)
-    whole = oci.container_spec({**spec, "mounts": mounts}, root, f"/containers/{container}", process)
+    whole = oci.container_spec({**spec, "mounts": mounts}, root, cgroup[len(cgroups.ROOT) :], process)
     _write(f"{bundle}/config.json", oci.to_json(whole))
     _write(f"{bundle}/config-terminal.json", oci.to_json({**whole, "process": {**process, "terminal": True}}))
     return process
@@ -180,13 +186,12 @@ def prepare_exec(
     return {"args": process["args"], "cwd": process["cwd"]}
 
 
-def teardown(container: str) -> None:
+def teardown(container: str, cgroup: str) -> None:
     """Unmount and remove all of a container.  What is not there is no error.  Raises `StorageFailed`."""
     bundle = path_of(container)
-    cgroup = cgroups.path_of(container)
     try:
         for name in ("rootfs", "scratch"):
-            _unmount(f"{bundle}/{name}")
+            unmount(f"{bundle}/{name}")
         if os.path.isdir(bundle):
             for name in os.listdir(bundle):
                 path = f"{bundle}/{name}"
@@ -197,6 +202,11 @@ def teardown(container: str) -> None:
             os.rmdir(bundle)
     except OSError as error:
         raise StorageFailed(f"{bundle} could not be removed: {error}", errno=error.errno) from error
+    end(cgroup)
+
+
+def end(cgroup: str) -> None:
+    """Kill what lives in it, and remove it.  Raises `StorageFailed`."""
     cgroups.kill(cgroup)
     deadline = monotonic() + GONE_TIMEOUT
     while not cgroups.remove(cgroup):
@@ -205,7 +215,8 @@ def teardown(container: str) -> None:
         sleep(GONE_PAUSE)
 
 
-def _unmount(path: str) -> None:
+def unmount(path: str) -> None:
+    """Unmount what is there, if anything is, be it in use.  Raises OSError."""
     for flags in (linux.UMOUNT_NOFOLLOW, linux.UMOUNT_NOFOLLOW | linux.MNT_DETACH):
         try:
             linux.umount(path, flags)

@@ -3,6 +3,7 @@
     /sys/fs/cgroup/containers            all containers; its limit leaves the agent a reserve (init.py)
     /sys/fs/cgroup/containers/ID         one container: its limits, and what it sees as the root of its cgroups
     /sys/fs/cgroup/containers/ID/byre-N  one exec in it, so that its whole tree can be killed (B15b)
+    /sys/fs/cgroup/containers/@POD       one pod: the limits of all in it together; its containers are @POD/ID
 
 The leaves have no controllers, so that processes may live beside them (cgroups(7), "no internal processes").
 Rule: only files of cgroupfs are touched, which never wait for a disk.  Writing a limit may wait for memory to be
@@ -32,9 +33,14 @@ MIN_CPU_QUOTA = 1000
 RESOURCES = ("memory_bytes", "cpus", "pids")
 
 
-def path_of(container: str) -> str:
+def path_of(container: str, pod: str = "") -> str:
     """The directory of a container's cgroup."""
-    return f"{CONTAINERS}/{container}"
+    return f"{path_of_pod(pod)}/{container}" if pod else f"{CONTAINERS}/{container}"
+
+
+def path_of_pod(pod: str) -> str:
+    """The directory of a pod's cgroup: no id of a container begins with an @."""
+    return f"{CONTAINERS}/@{pod}"
 
 
 def why_not() -> str:

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from .containers import Containers
     from .execs import Exec
     from .files import ContainerFiles
+    from .pods import Pod
     from .processes import Process
     from .server import Call
 
@@ -62,10 +63,11 @@ SHOWN = {
 class Container:
     """See the module's text."""
 
-    def __init__(self, owner: Containers, name: str, stop_signal: int) -> None:
+    def __init__(self, owner: Containers, name: str, stop_signal: int, pod: Pod | None) -> None:
         self.owner = owner
         self.id = name
-        self.cgroup = cgroups.path_of(name)
+        self.pod = pod
+        self.cgroup = cgroups.path_of(name, pod.name if pod else "")
         self.state = "creating"
         self.process: dict[str, Any] = {}  # OCI process object of init; execs start from it
         self.init: Process | None = None
@@ -75,7 +77,8 @@ class Container:
         self.execs: set[Exec] = set()  # on their way, or running
         self._files: ContainerFiles | None = None  # operations on them
         self._waiters: list[Call] = []
-        self._deletions: list[Call] = []
+        self._deletions: list[Done] = []
+        self._give_up: Callable[[ByreError], object] = lambda _error: None  # its making
         self._watches = Watches(owner.loop, self.cgroup)
         self._leaves: list[str] = []  # cgroups of execs, in which something may still run
         self._stop_signal = stop_signal
@@ -89,6 +92,7 @@ class Container:
         """As `container.state` and `container.list` show it."""
         return {
             "id": self.id,
+            "pod": self.pod.name if self.pod else "",
             "state": SHOWN.get(self.state, self.state),
             "pid": self.init.pid if self.init else 0,
             "process": self.init.id if self.init else 0,
@@ -102,6 +106,9 @@ class Container:
     def create(self, call: Call, layers: list[str], arguments: dict[str, Any]) -> None:
         """Make everything that the runtime will need; answers the call."""
         scratch, spec, user = arguments["scratch_bytes"], arguments["spec"], arguments["user"]
+        etc = ""
+        if self.pod is not None:
+            spec, etc = self.pod.spec(spec), self.pod.etc
         given_up: list[ByreError] = []
 
         def prepared(process: dict[str, Any] | None, error: ByreError | None) -> None:
@@ -117,13 +124,15 @@ class Container:
             reason = failure or RuntimeFailed(f"container {self.id} was not prepared")
             self._remove(lambda _error: call.fail(reason))
 
-        child = self._in_child(lambda: bundle.prepare(self.id, layers, scratch, spec, user), prepared)
+        child = self._in_child(
+            lambda: bundle.prepare(self.id, self.cgroup, layers, scratch, spec, user, etc), prepared
+        )
 
         def give_up(error: ByreError) -> None:
             given_up.append(error)
             child.cancel()
 
-        call.on_cancel = give_up
+        call.on_cancel = self._give_up = give_up
 
     def _created(self, process: dict[str, Any]) -> None:
         self.process = process
@@ -275,10 +284,12 @@ class Container:
 
     # -- delete --------------------------------------------------------------------------------------------
 
-    def delete(self, call: Call) -> None:
-        """Kill it, then remove all of it; answers the call."""
-        self._deletions.append(call)
-        if self.state == "stopped":
+    def delete(self, done: Done) -> None:
+        """Kill it, then remove all of it; `done(None)` or `done(error)` follows, unless it was never made."""
+        self._deletions.append(done)
+        if self.state == "creating":
+            self._give_up(ContainerNotReady(f"container {self.id} is deleted before it is made"))
+        elif self.state == "stopped":
             self._dispose()
         elif self.state != "deleting":
             self.terminate()
@@ -325,7 +336,7 @@ class Container:
             self.owner.forget(self)
             done(error)
 
-        self._take_away(lambda: self._in_child(lambda: bundle.teardown(self.id), removed))
+        self._take_away(lambda: self._in_child(lambda: bundle.teardown(self.id, self.cgroup), removed))
 
     def _take_away(self, step: Callable[[], object]) -> None:
         """Begin a step of taking it away; again later while there are no descriptors or no memory for it."""
@@ -336,11 +347,8 @@ class Container:
             self.owner.loop.call_later(AGAIN_SECONDS, lambda: self._take_away(step))
 
     def _deleted(self, error: ByreError | None) -> None:
-        for call in self._deletions:
-            if error is None:
-                call.reply({})
-            else:
-                call.fail(error)
+        for done in self._deletions:
+            done(error)
 
     # -- helpers -------------------------------------------------------------------------------------------
 

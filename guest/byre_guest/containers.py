@@ -1,6 +1,6 @@
-"""The containers of this machine: who is called what, and the handlers of `container.*` and `disk.*`.
+"""The containers of this machine: who is called what, and the handlers of `container.*`, `disk.*` and `pod.*`.
 
-    handlers(server)                the methods of both, for the server's table
+    handlers(server)                the methods, for the server's table
     create_process_in_container     `process.create` with a container
     start_files_in_container        `files.start` with a container
     handle_socket_of_container      `socket.connect` and `socket.listen` with one
@@ -14,7 +14,7 @@ from __future__ import annotations
 from byre_proto import messages
 from byre_proto.errors import ContainerExists, ContainerNotFound, InvalidRequest, NotSupported
 
-from . import cgroups, children, disks, oci, stats
+from . import cgroups, children, disks, oci, pods, stats
 from .container import STORAGE_TIMEOUT, Container
 from .execs import Exec
 
@@ -36,6 +36,9 @@ MAX_CONTAINERS = 1024
 
 _ALPHANUMERIC = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789")
 _ID_CHARACTERS = _ALPHANUMERIC | frozenset("_.-")
+
+#: What the methods begin with that are served here.
+METHODS = ("container.", "disk.", "pod.")
 
 #: Signals are 1 to 64; 0 would probe, not stop.
 MAX_SIGNAL = 64
@@ -96,6 +99,7 @@ class Containers:
         self.emit = server.event
         self.log = server.logs.log
         self.disks = disks.Disks(server.loop, server.reaper)
+        self.pods = pods.Pods(server.loop, server.reaper, self.log)
         self._by_id: dict[str, Container] = {}
 
     @property
@@ -121,6 +125,7 @@ class Containers:
             "container.stats": self._stats,
             "container.update": self._update,
             "container.log": self._log,
+            **self.pods.handlers(),
             CREATE_PROCESS: self._create_process,
             START_FILES: lambda call, arguments: self._find(arguments).start_files(call, arguments),
             SOCKET: self._socket,
@@ -130,6 +135,8 @@ class Containers:
         """It is gone; its id and its layers are free."""
         self._by_id.pop(container.id, None)
         self.disks.release(container.id)
+        if container.pod is not None:
+            container.pod.forget(container)
 
     def _find(self, arguments: dict[str, Any]) -> Container:
         name = arguments["container"]
@@ -152,8 +159,11 @@ class Containers:
         if arguments["scratch_bytes"] < 0 or not 0 < arguments["stop_signal"] <= MAX_SIGNAL:
             raise InvalidRequest("scratch_bytes or stop_signal is out of range")
         oci.check_spec(arguments["spec"])
+        pod = self.pods.find(arguments["pod"]) if arguments["pod"] else None
         layers = self.disks.use(arguments["layers"], name)
-        container = self._by_id[name] = Container(self, name, arguments["stop_signal"])
+        container = self._by_id[name] = Container(self, name, arguments["stop_signal"], pod)
+        if pod is not None:
+            pod.containers.add(container)
         try:
             container.create(call, layers, arguments)
         except OSError:
@@ -185,7 +195,7 @@ class Containers:
     def _delete(self, call: Call, arguments: dict[str, Any]) -> None:
         """Idempotent: what is not there is deleted."""
         if arguments["container"] in self._by_id:
-            self._find(arguments).delete(call)
+            self._find(arguments).delete(call.done)
         else:
             call.reply({})
 
@@ -256,5 +266,5 @@ def _refusals(reason: str) -> dict[str, Handler]:
             f"{call.method}: there can be no containers here: {reason}", hint="use a virtual machine"
         )
 
-    names = [name for name in messages.METHODS if name.startswith(("container.", "disk."))]
+    names = [name for name in messages.METHODS if name.startswith(METHODS)]
     return dict.fromkeys([*names, CREATE_PROCESS, START_FILES, SOCKET], refuse)

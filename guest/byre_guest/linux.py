@@ -79,6 +79,7 @@ M_MMAP_THRESHOLD = -3
 HOSTNAME = "/proc/sys/kernel/hostname"
 
 _SYS_FINIT_MODULE = 313 if os.uname().machine == "x86_64" else 273
+_SYS_PIVOT_ROOT = 155 if os.uname().machine == "x86_64" else 41
 _SYS_CLOSE_RANGE = 436
 _SYS_OPENAT2 = 437
 _CAP_VERSION_3 = 0x20080522
@@ -164,6 +165,12 @@ def umount(target: str, flags: int = UMOUNT_NOFOLLOW) -> None:
     """umount2(2)."""
     if _libc().umount2(os.fsencode(target), flags) < 0:
         _raise(target)
+
+
+def pivot_root(new: str, old: str) -> None:
+    """pivot_root(2)."""
+    if _syscall(_SYS_PIVOT_ROOT, os.fsencode(new), os.fsencode(old)) < 0:
+        _raise(new)
 
 
 def setns(fd: int, kind: int = 0) -> None:

@@ -62,6 +62,13 @@ class Call:
         if self._finish():
             self._session.fail(self.number, error)
 
+    def done(self, error: ByreError | None) -> None:
+        """What has no result is over."""
+        if error is None:
+            self.reply({})
+        else:
+            self.fail(error)
+
     def give_up(self, error: ByreError) -> None:
         """Nobody wants the result any more: the handler cleans up and fails it; without `on_cancel` it goes on."""
         if not self.answered and self.on_cancel is not None:
@@ -288,7 +295,7 @@ class Server:
 
     def _handler(self, method: str, arguments: dict[str, Any]) -> Handler:
         """Containers are looked at when the first one is: most of a boot's imports would be theirs."""
-        if method.startswith(("container.", "disk.")) and method not in self.handlers:
+        if method.startswith(("container.", "disk.", "pod.")) and method not in self.handlers:
             from . import containers
 
             self.handlers.update(containers.handlers(self))

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .files import Files
     from .local import LocalHost
     from .parameters import ProcessParameters, Resources, UpdateResources
+    from .pod import Pod
     from .pool import Pool, PoolStats
     from .ports.address import Address
     from .ports.connection import Connection
@@ -47,6 +48,7 @@ _MODULES = {
     "GuestProcess": "process",
     "LocalHost": "local",
     "PIPE": "run",
+    "Pod": "pod",
     "Pool": "pool",
     "PoolStats": "pool",
     "Process": "cow",
@@ -82,6 +84,7 @@ __all__ = [
     "GuestContainer",
     "GuestProcess",
     "LocalHost",
+    "Pod",
     "Pool",
     "PoolStats",
     "Process",

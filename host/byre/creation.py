@@ -44,7 +44,8 @@ class ContainerOptions:
     entrypoint      in place of its Entrypoint and Cmd
     env             added to its environment
     cwd, user       working directory; ``uid``, ``uid:gid``, ``name`` or ``name:group`` of the image's own files
-    hostname        None: the container's id
+    hostname        None: the container's id; in a pod the pod's
+    pod             the pod in which it is, "": none (`UtilityVM.create_pod`)
     terminal, width, height   of its init process
     stdin           whether its init process has one, when it is asked for (B20)
     resources       limits (B28)
@@ -70,6 +71,7 @@ class ContainerOptions:
     cwd: str = ""
     user: str = ""
     hostname: str | None = None
+    pod: str = ""
     terminal: bool = False
     width: int = 80
     height: int = 24
@@ -94,6 +96,8 @@ class ContainerOptions:
     def __post_init__(self) -> None:
         if isinstance(self.args, str) or isinstance(self.entrypoint, str):
             raise InvalidRequest("args and entrypoint are sequences of strings")
+        if self.pod and self.hostname is not None:
+            raise InvalidRequest("the host name of a container in a pod is the pod's", hint="leave hostname out")
         if self.scratch_bytes < 0:
             raise InvalidRequest(f"scratch_bytes must not be below 0; not {self.scratch_bytes}")
         check_size(self.width, self.height)
@@ -104,10 +108,7 @@ async def create(
 ) -> GuestContainer:
     """See `UtilityVM.create_container`."""
     container_id = container_id or secrets.token_hex(6)
-    if not _ID.fullmatch(container_id):
-        raise InvalidRequest(
-            f"{container_id!r} cannot name a container", hint="letters, digits, _ . and -; 64 at most"
-        )
+    check_id(container_id, "a container")
     config, paths, lease = await stoppable(
         lambda check: _prepare(image, options, check), undo=lambda prepared: prepared[2].close()
     )
@@ -121,6 +122,12 @@ async def create(
         raise
     layers.keep(paths)
     return container
+
+
+def check_id(name: str, what: str) -> None:
+    """Whether a container or a pod can be called this.  Raises `InvalidRequest`."""
+    if not _ID.fullmatch(name):
+        raise InvalidRequest(f"{name!r} cannot name {what}", hint="letters, digits, _ . and -; 64 at most")
 
 
 async def _create(
@@ -188,7 +195,7 @@ def _request(container_id: str, config: ImageConfig, options: ContainerOptions) 
             env=options.env,
             cwd=options.cwd,
             terminal=options.terminal,
-            hostname=container_id if options.hostname is None else options.hostname,
+            hostname=_hostname(container_id, options),
             memory_bytes=resources.memory_bytes,
             cpus=resources.cpus,
             pids_limit=spec.DEFAULT_PIDS if resources.pids is None else resources.pids,
@@ -204,7 +211,15 @@ def _request(container_id: str, config: ImageConfig, options: ContainerOptions) 
         "user": spec.effective_user(config, options.user),
         "scratch_bytes": options.scratch_bytes,
         "stop_signal": stop,
+        "pod": options.pod,
     }
+
+
+def _hostname(container_id: str, options: ContainerOptions) -> str:
+    """ "" in a pod: the agent knows its name."""
+    if options.hostname is None:
+        return "" if options.pod else container_id
+    return options.hostname
 
 
 def _capabilities(options: ContainerOptions) -> set[str]:

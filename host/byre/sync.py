@@ -23,7 +23,7 @@ from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Self, TypeVar
 
-from . import cow, file_operation, file_streams, files, health, local, pool, vm
+from . import cow, file_operation, file_streams, files, health, local, pod, pool, vm
 from .ports import connection, forward
 
 if TYPE_CHECKING:
@@ -175,6 +175,10 @@ class Process(Facade):
 
 class Container(Facade):
     """A `byre.Container`; `wait_channel` is a `threading.Event`."""
+
+
+class Pod(Facade):
+    """A `byre.Pod`."""
 
 
 class Files(Facade):
@@ -399,6 +403,7 @@ _FACADES: tuple[tuple[type, type[Facade]], ...] = (
     (vm.UtilityVM, UtilityVM),
     (local.LocalHost, LocalHost),
     (health.Health, Health),
+    (pod.Pod, Pod),
     (files.Files, Files),
     (file_streams.FileReader, FileReader),
     (file_streams.FileWriter, FileWriter),

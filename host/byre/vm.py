@@ -18,7 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-from . import clone, creation
+from . import clone, creation, pod
 from .container import GuestContainer, InitStreams
 from .creation import ContainerOptions
 from .disks import Layers
@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from .machines.base import Machine
     from .machines.config import MachineConfig
     from .owner import DiskPlace, Owner
+    from .parameters import Resources
+    from .pod import Pod
     from .ports.address import Address, AddressLike
     from .ports.registry import Ports, PublishedPort
 
@@ -244,6 +246,34 @@ class UtilityVM(GuestProcessHost):
         container = GuestContainer(self.bridge, id, InitStreams(terminal=terminal))
         container.watch()
         return container
+
+    # -- pods ----------------------------------------------------------------------------------------------
+
+    async def create_pod(
+        self,
+        name: str = "",
+        *,
+        hostname: str = "",
+        resources: Resources | None = None,
+        share_pid: bool = False,
+    ) -> Pod:
+        """A pod for containers of this VM: they share network, IPC and host name (`name` without `hostname`), and,
+        with `share_pid`, the processes that they see and signal.
+
+        `resources` are the limits of all together; each container's own hold beneath them.  Raises `PodExists`.
+        """
+        return await pod.create(self, name, hostname, resources, share_pid)
+
+    async def pods(self) -> list[dict[str, Any]]:
+        """What the agent knows of each pod of this VM."""
+        found: list[dict[str, Any]] = (await self.bridge.call("pod.list"))["pods"]
+        return found
+
+    async def open_pod(self, name: str) -> Pod:
+        """A pod that exists, whoever made it.  Raises `PodNotFound`."""
+        found = pod.Pod(self, name)
+        await found.info()
+        return found
 
     # -- ports that are the VM's ---------------------------------------------------------------------------
 

@@ -48,6 +48,12 @@ def test_image_or_container_and_command_are_told_apart(line: str, target: str, c
         "run --priv oci:x",  # no abbreviations: a flag that comes later must not change what this means
         "run --fresh --in a oci:x",
         "run --fresh -d oci:x",
+        "run --fresh --pod shop oci:x",
+        "run --pod shop --hostname web oci:x",
+        "run --vm --pod shop true",
+        "pod",
+        "pod rm",
+        "pod create a b",
         "run -d -it oci:x",
         "run -d --timeout 1 oci:x",
         "run --vm -d true",

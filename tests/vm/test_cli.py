@@ -470,3 +470,20 @@ def test_an_image_is_pulled_from_its_registry_and_run(
         assert done.returncode == 125 and b"hint: " in done.stderr
         done = byre("run", "--rm", "--pull=never", "nosuch", "true")
         assert done.returncode == 125 and b"hint: fetch it: byre image pull nosuch\n" in done.stderr
+
+
+def test_pods(up: None, busybox: str) -> None:
+    """Made, filled, listed; removed only with what runs in it, or by force."""
+    assert byre("pod", "create", "--share-pid", "-m", "128m", "shop").stdout == b"shop\n"
+    run = ("run", "--pod", "shop")
+    try:
+        assert byre(*run, "-d", "--name", "web", busybox, "httpd", "-f", "-h", "/bin", "-p", "80").returncode == 0
+        fetch = ("sh", "-c", "hostname; wget -qO /dev/null http://web/sh && ps | grep -c '[h]ttpd'")
+        done = byre(*run, "--rm", busybox, *fetch)
+        assert (done.stdout, done.returncode) == (b"shop\n1\n", 0), done.stderr
+        assert byre("pod", "ls").stdout.splitlines()[1].split()[-1] == b"web"
+        assert byre("pod", "rm", "shop").returncode == 125
+    finally:
+        assert byre("pod", "rm", "-f", "shop").stdout == b"shop\n"
+    assert b"web" not in byre("ps").stdout
+    assert b"no pod 'shop'" in byre(*run, busybox, "true").stderr

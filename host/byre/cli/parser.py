@@ -31,7 +31,7 @@ ends with byre, even when that is killed by SIGKILL; what -d started goes on."""
 #: Flags of `run` that mean nothing for a process in the VM itself.
 _CONTAINER_FLAGS = (
     *("detach", "rm", "name", "pids_limit", "entrypoint", "read_only", "privileged", "cap_add", "cap_drop"),
-    *("allow_new_privileges", "tmpfs", "hostname", "pull", "authfile", "tls_verify"),
+    *("allow_new_privileges", "tmpfs", "hostname", "pull", "authfile", "tls_verify", "pod"),
 )
 
 _RUN = """\
@@ -51,6 +51,11 @@ Containers' images, and the guest image that VMs boot from.
     byre image pull | inspect | rm | prune     containers' images, fetched by skopeo with its logins and mirrors
     byre image build | verify | export         the guest image
     byre image ls | import                     both: import looks what the file is"""
+
+_POD = """\
+Pods: containers of a VM that is up which share network, IPC and host name, and limits above their own.
+
+    byre pod create [NAME]; byre run -d --pod NAME IMAGE; byre pod ls; byre pod rm NAME"""
 
 _EXEC = """\
 Run a command in a container that is there, or (--vm) in a VM that is up.
@@ -138,6 +143,7 @@ def build() -> Parser:
     add("ps", "vms:ps", "List the VMs that are up, their containers and their processes.")
     _containers(add)
     _port(add("port", "ports:port", "List the ports of this host that lead into a VM that is up."))
+    _pod(add("pod", "pods:ls", _POD))
     add("doctor", "doctor:doctor", "Say what this host has: accelerator and why, transports, tools, image.")
     _image(add("image", "images:ls", _IMAGE))
     _template(add("template", "template:ls", "Look after the saved machines that VMs are cloned from."))
@@ -158,6 +164,7 @@ def _run(parser: Parser) -> None:
     add("--name", default="", help="id of the container; a random one without it")
     _publish(parser)
     add("--in", dest="vm_name", metavar="VM", default="", help="run in this VM, which is up")
+    add("--pod", metavar="NAME", default="", help="in this pod of the VM that is up (byre pod create)")
     add("--fresh", action="store_true", help="a VM for this command alone even while another one is up")
     _template_mode(parser)
     add("-m", "--memory", type=size, metavar="BYTES", help="memory limit, as 512m or 2g (--vm: size of the VM)")
@@ -268,6 +275,29 @@ def _template_mode(parser: Parser) -> None:
     )
 
 
+def _pod(parser: Parser) -> None:
+    actions = parser.add_subparsers(title="actions", metavar="ACTION", required=True, parser_class=Parser)
+
+    def add(name: str, text: str) -> Parser:
+        sub = actions.add_parser(name, help=text, description=text, allow_abbrev=False)
+        sub.set_defaults(command=f"pods:{name}", parser=sub)
+        _common(sub, default=argparse.SUPPRESS)
+        _in(sub)
+        return sub
+
+    create = add("create", "Make a pod, and print its name.")
+    create.add_argument("name", nargs="?", default="", metavar="NAME", help="a random one without it")
+    create.add_argument("--hostname", default="", metavar="NAME", help="host name inside; the pod's without it")
+    create.add_argument("--share-pid", action="store_true", help="its containers see and signal each other")
+    create.add_argument("-m", "--memory", type=size, metavar="BYTES", help="limit of all together, as 512m or 2g")
+    create.add_argument("--cpus", type=_positive_float, metavar="N", help="processors' worth of time, all together")
+    create.add_argument("--pids-limit", type=int, metavar="N", help="most processes and threads, all together")
+    add("ls", "List the pods.")
+    rm = add("rm", "Delete pods, with their containers, which have ended.")
+    rm.add_argument("-f", "--force", action="store_true", help="kill those that run")
+    rm.add_argument("pods", metavar="POD", nargs="+")
+
+
 def _down(parser: Parser) -> None:
     parser.add_argument("name", nargs="?", default=DEFAULT_VM, metavar="NAME", help="the VM (%(default)s)")
     parser.add_argument(
@@ -376,8 +406,10 @@ def _split_command(arguments: argparse.Namespace) -> None:
 def _check_run(arguments: argparse.Namespace) -> None:
     """Flags that exclude each other."""
     error = arguments.parser.error
-    if arguments.fresh and (arguments.vm_name or arguments.detach):
-        error("--fresh takes a VM of its own: not with --in or -d")
+    if arguments.fresh and (arguments.vm_name or arguments.detach or arguments.pod):
+        error("--fresh takes a VM of its own: not with --in, -d or --pod")
+    if arguments.pod and arguments.hostname:
+        error("the host name is the pod's: not with --hostname")
     if arguments.detach and (arguments.interactive or arguments.tty):
         error("-d leaves nobody at the container's terminal or stdin: not with -i or -t")
     if arguments.detach and arguments.timeout:

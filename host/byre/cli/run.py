@@ -80,7 +80,7 @@ async def _leave(container: GuestContainer, *, delete: bool) -> None:
 async def _detach(arguments: argparse.Namespace) -> int:
     """Print the id of a container that goes on without us."""
     name = arguments.vm_name or rundir.DEFAULT
-    if not arguments.vm_name and not rundir.is_up(name):
+    if not arguments.vm_name and not arguments.pod and not rundir.is_up(name):
         if talkative(arguments):
             say(f"bringing up the VM {name!r}; it stays up until: byre down")
         await bring_up(name, {})
@@ -126,5 +126,6 @@ async def _create(arguments: argparse.Namespace, vm: UtilityVM, pull: str, shown
         read_only=arguments.read_only,
         tmpfs=arguments.tmpfs,
         hostname=arguments.hostname,
+        pod=arguments.pod,
         **options,
     )

@@ -45,7 +45,8 @@ def talkative(arguments: argparse.Namespace) -> bool:
 @contextlib.asynccontextmanager
 async def vm_of(arguments: argparse.Namespace) -> AsyncIterator[tuple[UtilityVM, bool]]:
     """The VM for `byre run`, and whether it is the command's own."""
-    name = arguments.vm_name or (rundir.DEFAULT if not arguments.fresh and rundir.is_up(rundir.DEFAULT) else "")
+    up = not arguments.fresh and rundir.is_up(rundir.DEFAULT)
+    name = arguments.vm_name or (rundir.DEFAULT if up or arguments.pod else "")
     if name:
         if talkative(arguments):
             say(f"in the VM {name!r}, which is up")
