@@ -62,9 +62,10 @@ SHOWN = {
 class Container:
     """See the module's text."""
 
-    def __init__(self, owner: Containers, name: str, stop_signal: int) -> None:
+    def __init__(self, owner: Containers, name: str, stop_signal: int, lease: str) -> None:
         self.owner = owner
         self.id = name
+        self.lease = lease  # of the disks that it can write, the host's to give back
         self.cgroup = cgroups.path_of(name)
         self.state = "creating"
         self.process: dict[str, Any] = {}  # OCI process object of init; execs start from it
@@ -95,13 +96,13 @@ class Container:
             "created_ns": self._created_ns,
             "started_ns": self._started_ns,
             "exit": self.exit,
+            "lease": self.lease,
         }
 
     # -- create --------------------------------------------------------------------------------------------
 
-    def create(self, call: Call, layers: list[str], arguments: dict[str, Any]) -> None:
-        """Make everything that the runtime will need; answers the call."""
-        scratch, spec, user = arguments["scratch_bytes"], arguments["spec"], arguments["user"]
+    def create(self, call: Call, paths: dict[str, str], arguments: dict[str, Any]) -> None:
+        """Make everything that the runtime will need; answers the call.  `paths`: of its disks, by name."""
         given_up: list[ByreError] = []
 
         def prepared(process: dict[str, Any] | None, error: ByreError | None) -> None:
@@ -117,7 +118,7 @@ class Container:
             reason = failure or RuntimeFailed(f"container {self.id} was not prepared")
             self._remove(lambda _error: call.fail(reason))
 
-        child = self._in_child(lambda: bundle.prepare(self.id, layers, scratch, spec, user), prepared)
+        child = self._in_child(lambda: bundle.prepare(self.id, paths, arguments), prepared)
 
         def give_up(error: ByreError) -> None:
             given_up.append(error)

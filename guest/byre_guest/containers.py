@@ -14,7 +14,7 @@ from __future__ import annotations
 from byre_proto import messages
 from byre_proto.errors import ContainerExists, ContainerNotFound, InvalidRequest, NotSupported
 
-from . import cgroups, children, disks, oci, stats
+from . import cgroups, children, disks, oci, stats, volumes
 from .container import STORAGE_TIMEOUT, Container
 from .execs import Exec
 
@@ -108,6 +108,7 @@ class Containers:
         return {
             "disk.mount": self.disks.mount,
             "disk.unmount": self.disks.unmount,
+            "disk.sync": self.disks.sync,
             "container.create": self._create,
             "container.init": self._init,
             "container.start": lambda call, arguments: self._find(arguments).start(call),
@@ -127,9 +128,10 @@ class Containers:
         }
 
     def forget(self, container: Container) -> None:
-        """It is gone; its id and its layers are free."""
+        """It is gone; its id and its disks are free."""
         self._by_id.pop(container.id, None)
         self.disks.release(container.id)
+        self.emit("container.deleted", {"container": container.id, "lease": container.lease})
 
     def _find(self, arguments: dict[str, Any]) -> Container:
         name = arguments["container"]
@@ -152,13 +154,20 @@ class Containers:
         if arguments["scratch_bytes"] < 0 or not 0 < arguments["stop_signal"] <= MAX_SIGNAL:
             raise InvalidRequest("scratch_bytes or stop_signal is out of range")
         oci.check_spec(arguments["spec"])
-        layers = self.disks.use(arguments["layers"], name)
-        container = self._by_id[name] = Container(self, name, arguments["stop_signal"])
+        paths = self._use(name, arguments)
+        container = self._by_id[name] = Container(self, name, arguments["stop_signal"], arguments["lease"])
         try:
-            container.create(call, layers, arguments)
+            container.create(call, paths, arguments)
         except OSError:
             self.forget(container)
             raise
+
+    def _use(self, container: str, arguments: dict[str, Any]) -> dict[str, str]:
+        """The disks that a container is made of, held for it: name -> where it is mounted."""
+        names = [*arguments["layers"], *volumes.named(arguments["spec"])]
+        if arguments["scratch"]:
+            names.append(arguments["scratch"])
+        return dict(zip(names, self.disks.use(names, container)))
 
     def _init(self, call: Call, arguments: dict[str, Any]) -> None:
         container = self._find(arguments)

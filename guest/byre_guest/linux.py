@@ -112,6 +112,7 @@ def _libc() -> Any:
         c = ctypes.CDLL(None, use_errno=True)
         c.mount.argtypes = (c_char_p, c_char_p, c_char_p, c_ulong, c_char_p)
         c.umount2.argtypes = (c_char_p, c_int)
+        c.syncfs.argtypes = (c_int,)
         c.setns.argtypes = (c_int, c_int)
         c.unshare.argtypes = (c_int,)
         c.prctl.argtypes = (c_int, c_ulong, c_ulong, c_ulong, c_ulong)
@@ -164,6 +165,12 @@ def umount(target: str, flags: int = UMOUNT_NOFOLLOW) -> None:
     """umount2(2)."""
     if _libc().umount2(os.fsencode(target), flags) < 0:
         _raise(target)
+
+
+def syncfs(fd: int) -> None:
+    """syncfs(2): of the file system that `fd` is in."""
+    if _libc().syncfs(fd) < 0:
+        _raise()
 
 
 def setns(fd: int, kind: int = 0) -> None:

@@ -20,6 +20,15 @@ from .errors import InvalidRequest
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 
 
+def check_name(name: str) -> None:
+    """Whether a volume can be called so.  Raises `InvalidRequest`."""
+    if not _NAME.fullmatch(name):
+        raise InvalidRequest(
+            f"{name!r} cannot name a volume",
+            hint="64 letters, digits, _ . and - at most; a directory of this host has a / in it, as ./data",
+        )
+
+
 def _check_target(target: str) -> None:
     """An absolute path inside, other than the root.  What links on the way to it do is the runtime's to settle."""
     if not target.startswith("/") or "\0" in target:
@@ -43,11 +52,7 @@ class Volume:
     read_only: bool = False
 
     def __post_init__(self) -> None:
-        if not _NAME.fullmatch(self.name):
-            raise InvalidRequest(
-                f"{self.name!r} cannot name a volume",
-                hint="64 letters, digits, _ . and - at most; a directory of this host has a / in it, as ./data",
-            )
+        check_name(self.name)
         _check_target(self.target)
 
 
