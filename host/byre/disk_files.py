@@ -14,7 +14,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-from .errors import InvalidRequest, StorageFailed, ToolMissing
+from .errors import ByreError, InvalidRequest, StorageFailed, ToolMissing
 
 #: What a disk may come to take on the host where nobody said how much; it begins with some 5 MB.
 DEFAULT_BYTES = 10 * 2**30
@@ -56,6 +56,8 @@ def scratch(size: int) -> int:
         with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
             make(file.fileno(), size, journal=False)  # after a crash nobody has a use for it
             return os.dup(file.fileno())
+    except ByreError:
+        raise
     except OSError as error:
         raise StorageFailed(f"no scratch disk can be made in {folder}: {error}", errno=error.errno) from error
 

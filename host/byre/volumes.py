@@ -18,12 +18,12 @@ import json
 import os
 import secrets
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from . import disk_files
-from .errors import StorageFailed, VolumeExists, VolumeInUse, VolumeNotFound
+from .errors import ByreError, StorageFailed, VolumeExists, VolumeInUse, VolumeNotFound
 from .mounts import check_name
 from .oci.files import flush
 
@@ -70,7 +70,7 @@ def create(name: str, size_bytes: int = disk_files.DEFAULT_BYTES) -> VolumeInfo:
         flush(path.parent)
     except FileExistsError:  # somebody else was faster
         raise _exists(name) from None
-    except StorageFailed:
+    except ByreError:
         raise
     except OSError as error:
         raise StorageFailed(f"the volume {name!r} could not be made: {error}", errno=error.errno) from error
@@ -117,10 +117,12 @@ def remove(name: str) -> None:
     _remove(path_of(name), PATIENCE)
 
 
-def prune() -> list[VolumeInfo]:
-    """Remove every volume that no VM has, and what killed makers left; those volumes."""
+def prune(names: Collection[str] | None = None) -> list[VolumeInfo]:
+    """Remove every volume (of these names) that no VM has, and what killed makers left; those volumes."""
     removed = []
     for info in list_volumes():
+        if names is not None and info.name not in names:
+            continue
         with contextlib.suppress(VolumeInUse, VolumeNotFound):
             _remove(info.path, 0)
             removed.append(info)

@@ -31,7 +31,7 @@ ends with byre, even when that is killed by SIGKILL; what -d started goes on."""
 #: Flags of `run` that mean nothing for a process in the VM itself.
 _CONTAINER_FLAGS = (
     *("detach", "rm", "name", "pids_limit", "entrypoint", "read_only", "privileged", "cap_add", "cap_drop"),
-    *("allow_new_privileges", "tmpfs", "volume", "hostname", "pull", "authfile", "tls_verify"),
+    *("allow_new_privileges", "tmpfs", "storage_opt", "volume", "hostname", "pull", "authfile", "tls_verify"),
 )
 
 _RUN = """\
@@ -140,6 +140,7 @@ def build() -> Parser:
     _port(add("port", "ports:port", "List the ports of this host that lead into a VM that is up."))
     add("doctor", "doctor:doctor", "Say what this host has: accelerator and why, transports, tools, image.")
     _image(add("image", "images:ls", _IMAGE))
+    _volumes(add("volume", "volume:ls", "Look after named volumes, which outlive VMs (byre run -v NAME:/path)."))
     _template(add("template", "template:ls", "Look after the saved machines that VMs are cloned from."))
     return parser
 
@@ -169,6 +170,8 @@ def _run(parser: Parser) -> None:
     add("--entrypoint", metavar="PROGRAM", help="run this instead of the image's entrypoint")
     add("--read-only", action="store_true", help="the container cannot write its root file system")
     add("--tmpfs", action="append", default=[], metavar="PATH[:OPTIONS]", help="a tmpfs at this path")
+    add("--storage-opt", type=_scratch_size, metavar="size=BYTES",
+        help="what it writes goes to a disk of at most this size, as size=10g, not to memory")  # fmt: skip
     add("--pull", choices=("missing", "always", "never"), default="", help="when to fetch the image (missing)")
     _registry(parser)
     add("--hostname", metavar="NAME", help="host name inside; the container's id without it")
@@ -361,6 +364,26 @@ def _registry(parser: Parser) -> None:
     )
 
 
+def _volumes(parser: Parser) -> None:
+    actions = parser.add_subparsers(title="actions", metavar="ACTION", required=True, parser_class=Parser)
+
+    def add(name: str, text: str) -> Parser:
+        sub = actions.add_parser(name, help=text, description=text, allow_abbrev=False)
+        sub.set_defaults(command=f"volume:{name}", parser=sub)
+        _common(sub, default=argparse.SUPPRESS)
+        return sub
+
+    sub = add("create", "Make a volume; byre run -v makes what is missing, too.")
+    sub.add_argument("--size", type=size, metavar="BYTES", help="what fits in it at most, as 20g (10g)")
+    sub.add_argument("names", metavar="NAME", nargs="+")
+    add("ls", "List them: what fits, what it takes on this host's disk, and who has it.")
+    add("inspect", "Print what volumes are, as JSON.").add_argument("names", metavar="NAME", nargs="+")
+    add("rm", "Remove volumes, with all that is in them.").add_argument("names", metavar="NAME", nargs="+")
+    add("prune", "Remove all that no VM has now, with all that is in them; asks first.").add_argument(
+        "-f", "--force", action="store_true", help="do not ask"
+    )
+
+
 def _template(parser: Parser) -> None:
     actions = parser.add_subparsers(title="actions", metavar="ACTION", required=True, parser_class=Parser)
 
@@ -421,6 +444,14 @@ def size(text: str) -> int:
     if scale is None or not digits.isascii() or not digits.isdecimal() or not int(digits):
         raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 512m or 2g")
     return int(digits) << scale
+
+
+def _scratch_size(text: str) -> int:
+    """Bytes, from ``size=10g``, as docker has it."""
+    name, _, value = text.partition("=")
+    if name != "size":
+        raise argparse.ArgumentTypeError(f"{text!r} is not size=BYTES, such as size=10g")
+    return size(value)
 
 
 def age(text: str) -> float:
