@@ -137,24 +137,23 @@ class HeldDisks(ContainerDisks):
         self._claimed.discard(lease)
         for key, held in list(self._held.items()):
             if lease in held.leases:
-                async with held.lock:
-                    held.leases.discard(lease)
-                    await self._remove(held, lease)
+                async with held.lock:  # who comes second waits for the first
+                    if held.leases != {lease} or await self._removed(held):
+                        held.leases.discard(lease)
                 self._forget_unused(key)
 
-    async def _remove(self, held: _Held, lease: str) -> None:
-        """Unless somebody wants it.  What the guest does not let go of stays, with the last lease."""
+    async def _removed(self, held: _Held) -> bool:
+        """False where the guest does not let go of it: it stays, with its lease."""
         disk = held.disk
-        if held.leases or disk is None:
-            return
+        if disk is None:
+            return True
         try:
             await self._unmount(disk)
             held.disk, held.name = None, ""
             await self._machine.detach_disk(disk)
         except ByreError as error:
             logger.warning("! vm %s keeps %s: %s", self._vm, held.path, error)
-            if held.disk is not None:
-                held.leases.add(lease)
+        return held.disk is None
 
     def _forget_unused(self, key: Path | str) -> None:
         held = self._held.get(key)
