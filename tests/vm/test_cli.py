@@ -24,6 +24,7 @@ from pathlib import Path
 
 import pytest
 
+from byre import rundir
 from tests.conftest import machine_options
 from tests.unit import oci_registry
 
@@ -470,3 +471,29 @@ def test_an_image_is_pulled_from_its_registry_and_run(
         assert done.returncode == 125 and b"hint: " in done.stderr
         done = byre("run", "--rm", "--pull=never", "nosuch", "true")
         assert done.returncode == 125 and b"hint: fetch it: byre image pull nosuch\n" in done.stderr
+
+
+def test_a_volume_outlives_vms_and_their_keepers(
+    up: None, busybox: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
+    mount = ["-v", "data:/data"]
+    done = byre("run", "--fresh", *mount, busybox, "sh", "-c", "echo kept > /data/file")
+    assert done.returncode == 0, done.stderr
+    assert byre("up", "other", *(f"--{name}={value}" for name, value in machine_options().items())).returncode == 0
+    keeper = rundir.find("other").info()["pid"]
+    try:
+        scratch = ["--storage-opt", "size=64m"]
+        done = byre("run", "--in", "other", "-d", *scratch, *mount, busybox, "sh", "-c", "df -m /; sleep infinity")
+        assert done.returncode == 0, done.stderr
+        until(lambda: b" 5" in byre("logs", "--in", "other", done.stdout.decode().strip()).stdout)
+        assert byre("volume", "ls").stdout.splitlines()[1].split()[-1] == b"other"
+        done = byre("run", "--rm", *mount, busybox, "true")
+        assert (done.returncode, b"in use by the VM 'other'" in done.stderr) == (125, True), done.stderr
+    finally:
+        os.kill(keeper, signal.SIGKILL)
+    done = byre("run", "--rm", "-v", "data:/data:ro", busybox, "sh", "-c", "cat /data/file; echo no > /data/file")
+    assert done.stdout == b"kept\n", done.stderr
+    assert b"Read-only" in done.stderr
+    assert byre("volume", "rm", "data").stdout == b"data\n"
+    assert list((tmp_path / "byre/scratch").iterdir()) == []
