@@ -151,6 +151,8 @@ class HeldDisks(ContainerDisks):
             await self._unmount(disk)
             held.disk, held.name = None, ""
             await self._machine.detach_disk(disk)
+        except ConnectionLost:
+            pass  # the machine's end frees it
         except ByreError as error:
             logger.warning("! vm %s keeps %s: %s", self._vm, held.path, error)
         return held.disk is None
@@ -194,8 +196,10 @@ class KeeperDisks(ContainerDisks):
 
     def __init__(self, bridge: Bridge) -> None:
         self._bridge = bridge
+        self._leases: set[str] = set()  # most containers have none
 
     async def hold(self, lease: str, container: str, volume: Path | None, size: int) -> str:
+        self._leases.add(lease)
         answer = await self._bridge.call(
             "vm.hold_disk",
             undo=lambda _: self.drop(lease),
@@ -208,7 +212,10 @@ class KeeperDisks(ContainerDisks):
         return name
 
     async def drop(self, lease: str) -> None:
-        await self._bridge.call("vm.drop_disks", lease=lease)
+        if lease in self._leases:
+            with contextlib.suppress(ConnectionLost):  # with the VM, or else the keeper does it
+                await self._bridge.call("vm.drop_disks", lease=lease)
+            self._leases.discard(lease)
 
     async def sync(self) -> None:
         """The keeper does, when it shuts the VM down."""
