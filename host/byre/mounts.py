@@ -20,15 +20,6 @@ from .errors import InvalidRequest
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 
 
-def check_name(name: str) -> None:
-    """Whether a volume can be called so.  Raises `InvalidRequest`."""
-    if not _NAME.fullmatch(name):
-        raise InvalidRequest(
-            f"{name!r} cannot name a volume",
-            hint="64 letters, digits, _ . and - at most; a directory of this host has a / in it, as ./data",
-        )
-
-
 def _check_target(target: str) -> None:
     """An absolute path inside, other than the root.  What links on the way to it do is the runtime's to settle."""
     if not target.startswith("/") or "\0" in target:
@@ -40,6 +31,15 @@ def _check_target(target: str) -> None:
     if not target.strip("/."):
         raise InvalidRequest(
             f"{target!r} is the root of the container", hint="byre run --rootfs makes a directory its root"
+        )
+
+
+def check_name(name: str) -> None:
+    """Whether a volume can be called so.  Raises `InvalidRequest`."""
+    if not _NAME.fullmatch(name):
+        raise InvalidRequest(
+            f"{name!r} cannot name a volume",
+            hint="64 letters, digits, _ . and - at most; a directory of this host has a / in it, as ./data",
         )
 
 
