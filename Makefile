@@ -13,6 +13,7 @@ RESULTS  := test-results
 #   squashfs-tools-ng       tar2sqfs: layers and the guest's root, straight from tar streams
 #   golang-github-containers-common   the default seccomp profile that Debian ships for podman
 #   util-linux, dpkg, apt   setpriv; the packages from which the guest image is built
+#   e2fsprogs               mke2fs: scratch disks and volumes
 #   busybox-static          the demo's and the tests' small container image
 #   skopeo                  images from registries
 #   mmdebstrap, umoci, …    tests: a real Debian userland, independent tools to compare with
@@ -21,7 +22,7 @@ RESULTS  := test-results
 #   vagrant                 tests: `vagrant validate`
 #   libseccomp2             tests: the seccomp profile is compiled as a runtime would
 RUN_PACKAGES  := python3 python3-venv qemu-system-x86 squashfs-tools-ng golang-github-containers-common \
-                 util-linux ca-certificates busybox-static zstd skopeo
+                 util-linux ca-certificates busybox-static zstd skopeo e2fsprogs
 TEST_PACKAGES := vagrant mmdebstrap squashfs-tools umoci docker-registry openssl xz-utils libseccomp2 procps git
 
 .PHONY: demo test nested behaviours bench lint image setup setup-test clean

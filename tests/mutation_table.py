@@ -786,6 +786,26 @@ MUTATIONS = (
         "vm",
     ),
     Mutation(
+        "B60",
+        "a volume that another container has is detached",
+        "host/byre/container_disks.py",
+        "if held.leases != {lease} or await",
+        "if await",
+        ("tests/unit/test_container_disks.py::test_a_volume_is_there_once_until_its_last_lease_is_dropped",),
+    ),
+    Mutation(
+        "B64",
+        "what is freed on a scratch disk does not go back to the host",
+        "guest/byre_guest/storage.py",
+        'WRITABLE_OPTIONS = "discard,noinit_itable"',
+        'WRITABLE_OPTIONS = "noinit_itable"',
+        (
+            "tests/conformance/test_storage.py"
+            "::test_a_full_scratch_disk_is_an_error_and_what_is_freed_goes_back_to_the_host",
+        ),
+        "vm",
+    ),
+    Mutation(
         "B65",
         "a path is resolved from the root of the VM",
         "guest/byre_guest/rootfs.py",

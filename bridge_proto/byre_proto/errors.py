@@ -172,6 +172,18 @@ class DiskInUse(ByreError):
     code = "disk-in-use"
 
 
+class VolumeInUse(DiskInUse):
+    """A VM has the volume; ``data`` has its ``volume``, and of who has it ``vm`` and ``pid``."""
+
+    code = "volume-in-use"
+
+
+class VolumeNotFound(ByreError, FileNotFoundError):
+    """There is no volume of this name."""
+
+    code = "volume-not-found"
+
+
 class StorageFailed(ByreError, OSError):
     """A mount, a disk or a layer in the guest failed."""
 

@@ -106,17 +106,22 @@ METHODS: dict[str, tuple[dict[str, tuple[Any, ...]], dict[str, tuple[Any, ...]]]
     ),
     "socket.accept": ({"listener": ("int",), "stdin": ("int", 0), "stdout": ("int", 0)}, {}),
     "socket.close": ({"listener": ("int",)}, {}),
+    # A layer; or, of a file system that can be written, a scratch or a volume of containers.
     "disk.mount": (
         {"target": ("int",), "lun": ("int",), "filesystem": ("str", "squashfs")},
         {"layer": ("str",)},
     ),
     "disk.unmount": ({"target": ("int",), "lun": ("int",)}, {}),
+    # What was written to the disks that can be written is on them.
+    "disk.sync": ({}, {}),
     "container.create": (
         {
             "container": ("str",),
             "spec": ("{any}",),
             "layers": ("[str]", []),  # lowest first, as disk.mount named them
-            "scratch_bytes": ("int", 0),
+            "scratch": ("str", ""),  # the disk for what it writes, as disk.mount named it; "" is a tmpfs
+            "scratch_bytes": ("int", 0),  # of the tmpfs
+            "lease": ("str", ""),  # of its disks; container.deleted gives it back
             "user": ("str", ""),
             "stop_signal": ("int", 15),
             "pod": ("str", ""),
@@ -165,6 +170,13 @@ METHODS.update(
         "vm.info": ({}, {"info": ("{any}",)}),
         "vm.attach_disk": ({"path": ("str",)}, {"target": ("int",), "lun": ("int",)}),
         "vm.detach_disk": ({"path": ("str",)}, {}),
+        # A disk that a container may write, attached and mounted until all that hold it have dropped it: the volume
+        # in the directory `path`, or with "" a scratch of its own of `size` bytes.
+        "vm.hold_disk": (
+            {"lease": ("str",), "container": ("str",), "path": ("str", ""), "size": ("int", 0)},
+            {"disk": ("str",)},
+        ),
+        "vm.drop_disks": ({"lease": ("str",)}, {}),
         # Forwards that live as long as the container, or the VM: `host` here leads to `guest` there.
         "vm.publish": ({"container": ("str", ""), "host": ("str",), "guest": ("str",)}, {"host": ("str",)}),
         "vm.unpublish": ({"host": ("str",)}, {}),
@@ -185,6 +197,7 @@ EVENTS: dict[str, dict[str, tuple[Any, ...]]] = {
     "process.exit": {"process": ("int",), **_EXIT, "stdout": ("int", -1), "stderr": ("int", -1)},
     "container.exit": {"container": ("str",), **_EXIT},
     "container.oom": {"container": ("str",)},
+    "container.deleted": {"container": ("str",), "lease": ("str", "")},
     "vm.exit": {"reason": ("str",)},
 }
 

@@ -1,6 +1,7 @@
 """What a container needs on disk and in the mount table: scratch, overlay, specs.  All of it in helper children.
 
-    /run/byre/c/ID/scratch      tmpfs of a given size: what the container writes; etc/ in it: see `names`
+    /run/byre/c/ID/scratch      tmpfs of a given size: what the container writes, where it has no disk for that;
+                                etc/ in it: see `names`
     /run/byre/c/ID/rootfs       overlay of the layers with it
     /run/byre/c/ID/config.json  the spec for the runtime; config-terminal.json: the same with a terminal
     /run/byre/c/ID/N.*          one call of the runtime: its log, pid file, process object, console socket
@@ -18,7 +19,7 @@ from time import monotonic, sleep
 
 from byre_proto.errors import ContainerNotReady, ResourceExhausted, StorageFailed
 
-from . import cgroups, linux, names, oci, rootfs, storage, users
+from . import cgroups, linux, names, oci, rootfs, storage, users, volumes
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -55,25 +56,27 @@ def path_of(container: str) -> str:
 
 
 def prepare(
-    container: str, cgroup: str, layers: list[str], scratch_bytes: int, spec: dict[str, Any], user: str, etc: str
+    container: str, cgroup: str, paths: dict[str, str], arguments: dict[str, Any], etc: str
 ) -> dict[str, Any]:
     """Mount the root, set the limits, write the specs; returns the process object of the container's init.
 
-    `layers` are directories, lowest first; `etc` is where a pod has its `names`, "": the container has its own.
-    Raises `StorageFailed`, `UserNotFound`, `InvalidRequest`, `ProgramNotFound` and `ProgramNotExecutable` (for a
-    format that cannot run).
+    `arguments` are those of `container.create`, `paths` has where the disks that they name are mounted; `etc` is
+    where a pod has its `names`, "": the container has its own.  Raises `StorageFailed`, `UserNotFound`,
+    `InvalidRequest`, `ProgramNotFound` and `ProgramNotExecutable` (for a format that cannot run).
     """
     bundle = path_of(container)
-    limits, spec = cgroups.take_limits(spec)
+    limits, spec = cgroups.take_limits(arguments["spec"])
+    layers, disk = [paths[name] for name in arguments["layers"]], paths.get(arguments["scratch"], "")
     storage.need("overlay")
     try:
         os.makedirs(bundle, 0o700)
         os.mkdir(cgroup)
-        _mount_root(bundle, layers, scratch_bytes)
+        scratch = disk or _mount_scratch(bundle, arguments["scratch_bytes"])
+        _mount_root(bundle, layers, scratch)
         if etc:
             names.add(etc, container)
         else:
-            etc = f"{bundle}/scratch/etc"
+            etc = f"{scratch}/etc"
             names.write(etc, [str(spec.get("hostname") or container), container])
     except OSError as error:
         raise StorageFailed(f"the root of {container} could not be made: {error}", errno=error.errno) from error
@@ -81,8 +84,8 @@ def prepare(
     root = f"{bundle}/rootfs"
     root_fd = rootfs.open_root(root)
     try:
-        process = _init_process(root_fd, spec["process"], user)
-        mounts = [_volume(root_fd, mount) for mount in spec.get("mounts", [])] + names.mounts(etc, spec)
+        process = _init_process(root_fd, spec["process"], arguments["user"])
+        mounts = [_mount(root_fd, mount, paths) for mount in spec.get("mounts", [])] + names.mounts(etc, spec)
         if not _below_a_mount(process, mounts):
             _find_program(root_fd, process)
     finally:
@@ -93,14 +96,19 @@ def prepare(
     return process
 
 
-def _mount_root(bundle: str, layers: list[str], scratch_bytes: int) -> None:
+def _mount_scratch(bundle: str, scratch_bytes: int) -> str:
     size = scratch_bytes or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // DEFAULT_SCRATCH_SHARE
     inodes = max(MIN_INODES, size // BYTES_PER_INODE)
-    scratch, root = f"{bundle}/scratch", f"{bundle}/rootfs"
-    for directory in (scratch, root):
-        os.mkdir(directory)
+    scratch = f"{bundle}/scratch"
+    os.mkdir(scratch)
     linux.mount("scratch", scratch, "tmpfs", 0, f"size={size},nr_inodes={inodes},mode=0700")
+    return scratch
+
+
+def _mount_root(bundle: str, layers: list[str], scratch: str) -> None:
+    root = f"{bundle}/rootfs"
     upper, work = f"{scratch}/upper", f"{scratch}/work"
+    os.mkdir(root)
     os.mkdir(upper)
     os.mkdir(work)
     top = os.stat(layers[-1])  # the root directory itself is as the highest layer has it
@@ -126,11 +134,14 @@ def home_of(root_fd: int, user: dict[str, Any]) -> str:
     return home
 
 
-def _volume(root_fd: int, mount: dict[str, Any]) -> dict[str, Any]:
-    """A tmpfs that copies up gets owner and mode of the directory too, which the runtime leaves out.
+def _mount(root_fd: int, mount: dict[str, Any], paths: dict[str, str]) -> dict[str, Any]:
+    """A mount as the runtime takes it.
 
-    A `mode=` of its own is for an image that does not have the directory.
+    A volume is a directory of its disk.  A tmpfs that copies up gets owner and mode of the directory too, which the
+    runtime leaves out; a `mode=` of its own is for an image that does not have the directory.
     """
+    if mount.get("type") == volumes.TYPE:
+        return volumes.bind(root_fd, mount, paths[mount["source"]])
     options = mount.get("options") or []
     found = rootfs.status(root_fd, mount["destination"]) if COPY_UP in options else None
     if found is None:

@@ -63,9 +63,10 @@ SHOWN = {
 class Container:
     """See the module's text."""
 
-    def __init__(self, owner: Containers, name: str, stop_signal: int, pod: Pod | None) -> None:
+    def __init__(self, owner: Containers, name: str, stop_signal: int, lease: str, pod: Pod | None) -> None:
         self.owner = owner
         self.id = name
+        self.lease = lease  # of the disks that it can write, the host's to give back
         self.pod = pod
         self.cgroup = cgroups.path_of(name, pod.name if pod else "")
         self.state = "creating"
@@ -99,16 +100,16 @@ class Container:
             "created_ns": self._created_ns,
             "started_ns": self._started_ns,
             "exit": self.exit,
+            "lease": self.lease,
         }
 
     # -- create --------------------------------------------------------------------------------------------
 
-    def create(self, call: Call, layers: list[str], arguments: dict[str, Any]) -> None:
-        """Make everything that the runtime will need; answers the call."""
-        scratch, spec, user = arguments["scratch_bytes"], arguments["spec"], arguments["user"]
+    def create(self, call: Call, paths: dict[str, str], arguments: dict[str, Any]) -> None:
+        """Make everything that the runtime will need; answers the call.  `paths`: of its disks, by name."""
         etc = ""
         if self.pod is not None:
-            spec, etc = self.pod.spec(spec), self.pod.etc
+            arguments, etc = {**arguments, "spec": self.pod.spec(arguments["spec"])}, self.pod.etc
         given_up: list[ByreError] = []
 
         def prepared(process: dict[str, Any] | None, error: ByreError | None) -> None:
@@ -124,9 +125,7 @@ class Container:
             reason = failure or RuntimeFailed(f"container {self.id} was not prepared")
             self._remove(lambda _error: call.fail(reason))
 
-        child = self._in_child(
-            lambda: bundle.prepare(self.id, self.cgroup, layers, scratch, spec, user, etc), prepared
-        )
+        child = self._in_child(lambda: bundle.prepare(self.id, self.cgroup, paths, arguments, etc), prepared)
 
         def give_up(error: ByreError) -> None:
             given_up.append(error)

@@ -14,7 +14,7 @@ from __future__ import annotations
 from byre_proto import messages
 from byre_proto.errors import ContainerExists, ContainerNotFound, InvalidRequest, NotSupported
 
-from . import cgroups, children, disks, oci, pods, stats
+from . import cgroups, children, disks, oci, pods, stats, volumes
 from .container import STORAGE_TIMEOUT, Container
 from .execs import Exec
 
@@ -112,6 +112,7 @@ class Containers:
         return {
             "disk.mount": self.disks.mount,
             "disk.unmount": self.disks.unmount,
+            "disk.sync": self.disks.sync,
             "container.create": self._create,
             "container.init": self._init,
             "container.start": lambda call, arguments: self._find(arguments).start(call),
@@ -132,11 +133,12 @@ class Containers:
         }
 
     def forget(self, container: Container) -> None:
-        """It is gone; its id and its layers are free."""
+        """It is gone; its id and its disks are free."""
         self._by_id.pop(container.id, None)
         self.disks.release(container.id)
         if container.pod is not None:
             container.pod.forget(container)
+        self.emit("container.deleted", {"container": container.id, "lease": container.lease})
 
     def _find(self, arguments: dict[str, Any]) -> Container:
         name = arguments["container"]
@@ -160,15 +162,23 @@ class Containers:
             raise InvalidRequest("scratch_bytes or stop_signal is out of range")
         oci.check_spec(arguments["spec"])
         pod = self.pods.find(arguments["pod"]) if arguments["pod"] else None
-        layers = self.disks.use(arguments["layers"], name)
-        container = self._by_id[name] = Container(self, name, arguments["stop_signal"], pod)
+        paths = self._use(name, arguments)
+        container = Container(self, name, arguments["stop_signal"], arguments["lease"], pod)
+        self._by_id[name] = container
         if pod is not None:
             pod.containers.add(container)
         try:
-            container.create(call, layers, arguments)
+            container.create(call, paths, arguments)
         except OSError:
             self.forget(container)
             raise
+
+    def _use(self, container: str, arguments: dict[str, Any]) -> dict[str, str]:
+        """The disks that a container is made of, held for it: name -> where it is mounted."""
+        names = [*arguments["layers"], *volumes.named(arguments["spec"])]
+        if arguments["scratch"]:
+            names.append(arguments["scratch"])
+        return dict(zip(names, self.disks.use(names, container)))
 
     def _init(self, call: Call, arguments: dict[str, Any]) -> None:
         container = self._find(arguments)

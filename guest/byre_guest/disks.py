@@ -1,6 +1,7 @@
-"""Disks of the VM as read-only layers: found by their SCSI address, mounted at short paths, counted, let go.
+"""Disks of the VM, layers above all: found by their SCSI address, mounted at short paths, counted, let go.
 
-    /l/N    one layer (100 of them must fit the 4 KiB of mount(2)'s options)
+    /l/N    one layer (100 of them must fit the 4 KiB of mount(2)'s options); or, of a file system that can be
+            written, a container's scratch or a volume
 
     absent -> waiting (for the disk to appear) -> mounting -> mounted -> removing -> absent
 
@@ -29,8 +30,9 @@ if TYPE_CHECKING:
     from .reaper import Reaper
     from .server import Call
 
-#: File systems that a layer may have: read-only ones, parsed by this kernel from an image that the host made.
-FILESYSTEMS = ("squashfs", "erofs")
+#: File systems that a layer may have: read-only ones, parsed by this kernel from an image that the host made; and
+#: that of disks which containers write.
+FILESYSTEMS = ("squashfs", "erofs", storage.WRITABLE)
 
 #: Kernel modules for the disks; a layer's file system is loaded with the first layer.
 DRIVERS = ("virtio_scsi", "sd_mod")
@@ -40,6 +42,9 @@ MOUNT_TIMEOUT = 30.0
 
 #: For a disk to be let go of: the last user's namespaces may be on their way out.
 REMOVE_TIMEOUT = 30.0
+
+#: For what was written to be on the disks: a host's slow disk takes its time.
+SYNC_TIMEOUT = 60.0
 
 #: The next step after a mount that failed.
 HINT = "is the image complete, and of this file system?"
@@ -86,7 +91,7 @@ class Disks:
     # -- layers of containers ------------------------------------------------------------------------------
 
     def use(self, names: list[str], container: str) -> list[str]:
-        """Hold layers for a container; their paths, in the same order.  Raises `InvalidRequest`."""
+        """Hold disks for a container; their paths, in the same order.  Raises `InvalidRequest`."""
         layers = [self._by_name.get(name) for name in names]
         for name, layer in zip(names, layers):
             if layer is None or layer.state != "mounted":
@@ -220,6 +225,18 @@ class Disks:
             layer.timer.cancel()
         self._layers.pop(layer.address, None)
         self._by_name.pop(layer.name, None)
+
+    def sync(self, call: Call, _arguments: dict[str, Any]) -> None:
+        """`disk.sync`: answers when all is written; it may block for as long as the host's disk does."""
+        written = [layer.path for layer in self._by_name.values() if layer.filesystem == storage.WRITABLE]
+
+        def synced(_result: object, error: ByreError | None) -> None:
+            if error is not None:
+                call.fail(error)
+            else:
+                call.reply({})
+
+        children.run(self._loop, self._reaper, lambda: storage.sync(written), SYNC_TIMEOUT, synced)
 
     # -- disk.unmount --------------------------------------------------------------------------------------
 

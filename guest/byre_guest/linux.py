@@ -113,6 +113,7 @@ def _libc() -> Any:
         c = ctypes.CDLL(None, use_errno=True)
         c.mount.argtypes = (c_char_p, c_char_p, c_char_p, c_ulong, c_char_p)
         c.umount2.argtypes = (c_char_p, c_int)
+        c.syncfs.argtypes = (c_int,)
         c.setns.argtypes = (c_int, c_int)
         c.unshare.argtypes = (c_int,)
         c.prctl.argtypes = (c_int, c_ulong, c_ulong, c_ulong, c_ulong)
@@ -171,6 +172,12 @@ def pivot_root(new: str, old: str) -> None:
     """pivot_root(2)."""
     if _syscall(_SYS_PIVOT_ROOT, os.fsencode(new), os.fsencode(old)) < 0:
         _raise(new)
+
+
+def syncfs(fd: int) -> None:
+    """syncfs(2): of the file system that `fd` is in."""
+    if _libc().syncfs(fd) < 0:
+        _raise()
 
 
 def setns(fd: int, kind: int = 0) -> None:

@@ -15,6 +15,15 @@ from byre_proto.errors import DiskInUse, StorageFailed
 from . import linux, modules
 
 LAYERS = "/l"
+
+#: The file system of disks that containers write, and what it needs besides: its checksums' algorithm.
+WRITABLE = "ext4"
+NEEDED = {WRITABLE: ("crc32c_generic", WRITABLE)}
+
+#: Blocks that are freed go back to the host's file.  Inode tables are not cleared ahead, which would fill it: they
+#: are holes of a new file, and so zeros.
+WRITABLE_OPTIONS = "discard,noinit_itable"
+
 SCSI_DEVICES = "/sys/bus/scsi/devices"
 
 #: For a disk's last user to be gone: its namespaces may be on their way out.
@@ -74,17 +83,30 @@ def mount_layers(wanted: list[tuple[str, str, str]]) -> list[str]:
 
 
 def _mount_layer(device: str, path: str, filesystem: str) -> str:
-    """Read-only.  Programs in it may be setuid: containers need that."""
+    """Read-only, but for what containers write.  Programs in it may be setuid: containers need that."""
+    how, options = (0, WRITABLE_OPTIONS) if filesystem == WRITABLE else (linux.MS_RDONLY, "")
     try:
-        need(filesystem)
+        need(*NEEDED.get(filesystem, (filesystem,)))
         os.makedirs(path, exist_ok=True)
         os.close(_open(device, os.O_RDONLY))
-        linux.mount(device, path, filesystem, linux.MS_RDONLY | linux.MS_NODEV)
+        linux.mount(device, path, filesystem, how | linux.MS_NODEV, options)
     except StorageFailed as error:
         return error.message
     except OSError as error:
         return f"{device} could not be mounted as {filesystem} on {path}: {error.strerror}"
     return ""
+
+
+def sync(paths: list[str]) -> None:
+    """What was written below each of these mounts is on its disk.  Raises `StorageFailed`."""
+    for path in paths:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            linux.syncfs(fd)
+        except OSError as error:
+            raise StorageFailed(f"{path} could not be written to its disk: {error.strerror}") from error
+        finally:
+            os.close(fd)
 
 
 def _open(device: str, flags: int) -> int:

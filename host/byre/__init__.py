@@ -1,8 +1,8 @@
 """byre: Linux containers inside a utility virtual machine, on any host.
 
 The public names are here, and each is imported when it is first used: ``import byre`` costs next to nothing.
-Errors are in `byre.errors`, containers' images in `byre.images`, the blocking façade is `byre.sync`, fakes for
-tests are in `byre.testing`.
+Errors are in `byre.errors`, containers' images in `byre.images`, volumes in `byre.volumes`, the blocking façade is
+`byre.sync`, fakes for tests are in `byre.testing`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from . import errors, images, sync, testing
+    from . import errors, images, sync, testing, volumes
     from .container import GuestContainer
     from .copies import Copied
     from .cow import Container, ExitStatus, Process, ProcessHost, Stdio
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .file_operation import FileStatus
     from .files import Files
     from .local import LocalHost
+    from .mounts import Volume
     from .parameters import ProcessParameters, Resources, UpdateResources
     from .pod import Pod
     from .pool import Pool, PoolStats
@@ -62,9 +63,10 @@ _MODULES = {
     "Stdio": "cow",
     "UpdateResources": "parameters",
     "UtilityVM": "vm",
+    "Volume": "mounts",
 }
 
-_SUBMODULES = ("errors", "images", "sync", "testing")
+_SUBMODULES = ("errors", "images", "sync", "testing", "volumes")
 
 __all__ = [
     "DEVNULL",
@@ -97,10 +99,12 @@ __all__ = [
     "Stdio",
     "UpdateResources",
     "UtilityVM",
+    "Volume",
     "errors",
     "images",
     "sync",
     "testing",
+    "volumes",
 ]
 
 

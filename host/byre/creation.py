@@ -1,28 +1,34 @@
 """From an image's reference to a container in a VM, or back to where it began.
 
     image -> layers (converted, cached) -> attached and mounted, all at once -> spec -> container.create
+    scratch, volumes -> made, locked, attached and mounted -----------------------^
 
 Rule: every step that fails or is cancelled takes back what the steps before it did, and only that (B22).
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import re
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .container import GuestContainer, InitStreams
 from .errors import ContainerNotFound, InvalidRequest
-from .machines.spawn import stoppable
+from .machines.spawn import in_thread, stoppable
+from .mounts import Volume
 from .parameters import Resources, check_size
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from .bridge import Bridge
+    from .container_disks import ContainerDisks
     from .disks import Layers
+    from .mounts import Mount
     from .oci.files import Lease
     from .oci.image import ImageConfig
     from .oci.pull import PullProgress
@@ -34,6 +40,12 @@ _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 
 #: Deadline of `container.create` in seconds: overlay, cgroup and the user's lookup, on a loaded guest.
 CREATE_TIMEOUT = 120.0
+
+
+SCRATCHES = ("tmpfs", "disk")
+
+#: The type of a volume's mount in a spec for the agent; its source is the disk's name there.
+VOLUME = "volume"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,9 +66,10 @@ class ContainerOptions:
     no_new_privileges   no setuid programs
     seccomp         False: no filter
     read_only       its root file system
-    mounts          OCI mounts; they come last
+    mounts          `Volume`, or OCI mounts; they come last
     tmpfs           paths with ``:options``, as podman's --tmpfs
-    scratch_bytes   size of its writable layer, a tmpfs; 0: the agent's default
+    scratch         what its writable layer is: "tmpfs", or "disk", a sparse file here that goes with it
+    scratch_bytes   the size of that at most; 0: half of the VM's memory, or 10 GiB of disk
     stop_signal     None: the image's, or SIGTERM
     rlimits         name -> (soft, hard)
     sysctl          of its namespaces
@@ -83,8 +96,9 @@ class ContainerOptions:
     no_new_privileges: bool = True
     seccomp: bool = True
     read_only: bool = False
-    mounts: Sequence[Mapping[str, Any]] = ()
+    mounts: Sequence[Mount | Mapping[str, Any]] = ()
     tmpfs: Sequence[str] = ()
+    scratch: str = "tmpfs"
     scratch_bytes: int = 0
     stop_signal: int | str | None = None
     rlimits: Mapping[str, tuple[int, int]] = field(default_factory=dict)
@@ -100,27 +114,36 @@ class ContainerOptions:
             raise InvalidRequest("the host name of a container in a pod is the pod's", hint="leave hostname out")
         if self.scratch_bytes < 0:
             raise InvalidRequest(f"scratch_bytes must not be below 0; not {self.scratch_bytes}")
+        if self.scratch not in SCRATCHES:
+            raise InvalidRequest(f"unknown scratch {self.scratch!r}", hint=f"one of {', '.join(SCRATCHES)}")
         check_size(self.width, self.height)
 
 
-async def create(
-    bridge: Bridge, layers: Layers, container_id: str, image: str, options: ContainerOptions
-) -> GuestContainer:
+class VM(NamedTuple):
+    """What a container is made with."""
+
+    bridge: Bridge
+    layers: Layers
+    disks: ContainerDisks
+
+
+async def create(vm: VM, container_id: str, image: str, options: ContainerOptions) -> GuestContainer:
     """See `UtilityVM.create_container`."""
     container_id = container_id or secrets.token_hex(6)
     check_id(container_id, "a container")
     config, paths, lease = await stoppable(
         lambda check: _prepare(image, options, check), undo=lambda prepared: prepared[2].close()
     )
-    with lease:  # until the machine has the layers, and holds them itself
-        request = _request(container_id, config, options)
-        names = await layers.acquire(paths)
-    try:
-        container = await _create(bridge, layers, paths, names, request, options)
-    except BaseException:
-        await bridge.finish(layers.release(paths))
-        raise
-    layers.keep(paths)
+    async with contextlib.AsyncExitStack() as undo:
+        with lease:  # until the machine has the layers, and holds them itself
+            request = _request(container_id, config, options)
+            request["layers"] = await vm.layers.acquire(paths)
+        undo.push_async_callback(lambda: vm.bridge.finish(vm.layers.release(paths)))
+        undo.push_async_callback(lambda: vm.bridge.finish(vm.disks.drop(request["lease"])))
+        await _hold_disks(vm.disks, request, options)
+        container = await _create(vm, paths, request, options)
+        undo.pop_all()
+    vm.layers.keep(paths)
     return container
 
 
@@ -130,20 +153,32 @@ def check_id(name: str, what: str) -> None:
         raise InvalidRequest(f"{name!r} cannot name {what}", hint="letters, digits, _ . and -; 64 at most")
 
 
-async def _create(
-    bridge: Bridge,
-    layers: Layers,
-    paths: list[Path],
-    names: list[str],
-    request: dict[str, Any],
-    options: ContainerOptions,
-) -> GuestContainer:
+async def _hold_disks(disks: ContainerDisks, request: dict[str, Any], options: ContainerOptions) -> None:
+    """Have what the container may write at hand, and name it in the request as the guest does."""
+    from . import disk_files, volumes  # most containers have neither
+
+    lease, container = request["lease"], request["container"]
+    if options.scratch == "disk":
+        size = options.scratch_bytes or disk_files.DEFAULT_BYTES
+        request["scratch"] = await disks.hold(lease, container, None, size)
+    for mount in request["spec"]["mounts"]:
+        if mount.get("type") == VOLUME:
+            path = await in_thread(functools.partial(volumes.ensure, mount["source"]))
+            mount["source"] = await disks.hold(lease, container, path, 0)
+
+
+async def _create(vm: VM, paths: list[Path], request: dict[str, Any], options: ContainerOptions) -> GuestContainer:
+    bridge = vm.bridge
     container_id = request["container"]
     how = InitStreams(stdin=options.stdin, terminal=options.terminal, width=options.width, height=options.height)
     made: list[GuestContainer] = []
 
     def accept(_: dict[str, Any]) -> None:  # at once, so that an exit which follows is heard
-        made.append(GuestContainer(bridge, container_id, how, lambda: layers.release(paths)))
+        made.append(GuestContainer(bridge, container_id, how, release))
+
+    async def release() -> None:
+        await vm.layers.release(paths)
+        await vm.disks.drop(request["lease"])
 
     async def undo(_: dict[str, Any]) -> None:
         await made[0].close()
@@ -152,7 +187,7 @@ async def _create(
         except ContainerNotFound:
             return
 
-    await bridge.call("container.create", timeout=CREATE_TIMEOUT, accept=accept, undo=undo, layers=names, **request)
+    await bridge.call("container.create", timeout=CREATE_TIMEOUT, accept=accept, undo=undo, **request)
     return made[0]
 
 
@@ -174,7 +209,7 @@ def _prepare(
 
 
 def _request(container_id: str, config: ImageConfig, options: ContainerOptions) -> dict[str, Any]:
-    """The arguments of `container.create`, but for the layers."""
+    """The arguments of `container.create`, but for the disks."""
     from .oci import spec
     from .parameters import signal_number
 
@@ -203,13 +238,14 @@ def _request(container_id: str, config: ImageConfig, options: ContainerOptions) 
             privileged=options.privileged,
             no_new_privileges=options.no_new_privileges,
             read_only=options.read_only,
-            mounts=[*(_tmpfs(text) for text in options.tmpfs), *options.mounts],
+            mounts=[*(_tmpfs(text) for text in options.tmpfs), *map(_mount, options.mounts)],
             rlimits=options.rlimits,
             sysctl=options.sysctl,
             seccomp=seccomp,
         ),
         "user": spec.effective_user(config, options.user),
         "scratch_bytes": options.scratch_bytes,
+        "lease": secrets.token_hex(8),
         "stop_signal": stop,
         "pod": options.pod,
     }
@@ -237,6 +273,16 @@ def _capabilities(options: ContainerOptions) -> set[str]:
     if "ALL" in {name.upper() for name in options.cap_drop}:
         return added
     return (set(default) | added) - dropped
+
+
+def _mount(mount: Mount | Mapping[str, Any]) -> Mapping[str, Any]:
+    """As OCI has it; the source of a volume's is its name, for the time being."""
+    if isinstance(mount, Volume):
+        options = ["nodev", "ro" if mount.read_only else "rw"]
+        return {"destination": mount.target, "type": VOLUME, "source": mount.name, "options": options}
+    if not isinstance(mount, Mapping):
+        raise InvalidRequest(f"{mount!r} cannot be mounted")
+    return mount
 
 
 def _tmpfs(text: str) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from .owner import DiskPlace, Owner
 
 if TYPE_CHECKING:
     from .calls import Result
+    from .container_disks import ContainerDisks
     from .ports.registry import Ports
 
 #: Name of the VM that is meant when none is given.
@@ -244,6 +245,11 @@ class KeeperClient(Owner):
         from .ports.registry import KeeperPorts
 
         return KeeperPorts(bridge)
+
+    def container_disks(self, bridge: Bridge, name: str) -> ContainerDisks:
+        from .container_disks import KeeperDisks
+
+        return KeeperDisks(bridge)
 
     async def release(self) -> None:
         """Nothing: the VM goes on, and so does what this client started in it."""

@@ -42,6 +42,8 @@ from byre_proto.errors import (
     StartFailed,
     StorageFailed,
     UserNotFound,
+    VolumeInUse,
+    VolumeNotFound,
     WorkingDirectoryNotFound,
 )
 
@@ -166,6 +168,12 @@ class PoolTimeout(ByreError, TimeoutError):
     code = "pool-timeout"
 
 
+class VolumeExists(ByreError, FileExistsError):
+    """There is a volume of this name."""
+
+    code = "volume-exists"
+
+
 class VMNotFound(ByreError, LookupError):
     """No detached VM has this name."""
 
@@ -235,5 +243,8 @@ __all__ = [
     "UserNotFound",
     "VMExists",
     "VMNotFound",
+    "VolumeExists",
+    "VolumeInUse",
+    "VolumeNotFound",
     "WorkingDirectoryNotFound",
 ]

@@ -24,6 +24,7 @@ import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator, Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from byre_proto.errors import to_wire
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from contextlib import AbstractAsyncContextManager
 
     from .bridge import Bridge
+    from .container_disks import ContainerDisks
     from .owner import DiskPlace
     from .ports.address import Address
     from .ports.registry import PublishedPort
@@ -59,6 +61,8 @@ class Kept(Protocol):
 
     @property
     def bridge(self) -> Bridge: ...
+    @property
+    def container_disks(self) -> ContainerDisks: ...
     async def info(self) -> dict[str, Any]: ...
     async def attach_disk(self, path: str) -> DiskPlace: ...
     async def detach_disk(self, disk: DiskPlace) -> None: ...
@@ -206,6 +210,8 @@ class Methods:
             "vm.info": self._info,
             "vm.attach_disk": self._attach_disk,
             "vm.detach_disk": self._detach_disk,
+            "vm.hold_disk": self._hold_disk,
+            "vm.drop_disks": self._drop_disks,
             "vm.console": self._console,
             "vm.pause": self._pause,
             "vm.resume": self._resume,
@@ -219,11 +225,18 @@ class Methods:
         return {"info": await self._kept.info()}
 
     async def _attach_disk(self, arguments: Arguments) -> Arguments:
-        path = arguments["path"]
-        if not os.path.isabs(path):  # a client's directory is not ours
-            raise InvalidRequest(f"the path of a disk must be absolute: {path!r}")
+        path = _absolute(arguments["path"])
         place = self._disks[path] = await self._kept.attach_disk(path)
         return {"target": place.target, "lun": place.lun}
+
+    async def _hold_disk(self, arguments: Arguments) -> Arguments:
+        lease, container, path = arguments["lease"], arguments["container"], arguments["path"]
+        volume = Path(_absolute(path)) if path else None
+        return {"disk": await self._kept.container_disks.hold(lease, container, volume, arguments["size"])}
+
+    async def _drop_disks(self, arguments: Arguments) -> Arguments:
+        await self._kept.container_disks.drop(arguments["lease"])
+        return {}
 
     async def _detach_disk(self, arguments: Arguments) -> Arguments:
         place = self._disks.get(arguments["path"])
@@ -259,6 +272,13 @@ class Methods:
         patience = arguments["patience_ms"]
         await self._kept.shutdown(SHUTDOWN_TIMEOUT if patience is None else max(0, patience) / 1000)
         return {}
+
+
+def _absolute(path: str) -> str:
+    """A path from a client, whose directory is not ours.  Raises `InvalidRequest`."""
+    if not os.path.isabs(path):
+        raise InvalidRequest(f"the path of a disk must be absolute: {path!r}")
+    return path
 
 
 @contextlib.asynccontextmanager

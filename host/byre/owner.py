@@ -17,6 +17,7 @@ from .errors import InvalidRequest, NotSupported
 
 if TYPE_CHECKING:
     from .bridge import Bridge
+    from .container_disks import ContainerDisks
     from .machines.base import Machine
     from .machines.disks import Disk
     from .ports.registry import Ports
@@ -80,6 +81,10 @@ class Owner(abc.ABC):
     @abc.abstractmethod
     def ports(self, bridge: Bridge) -> Ports:
         """The forwards that belong to the VM, and not to a caller."""
+
+    @abc.abstractmethod
+    def container_disks(self, bridge: Bridge, name: str) -> ContainerDisks:
+        """The disks that containers of the VM, which goes by this name, may write."""
 
     @abc.abstractmethod
     async def release(self) -> None:
@@ -149,6 +154,11 @@ class MachineOwner(Owner):
         from .ports.registry import HeldPorts
 
         return HeldPorts(bridge)
+
+    def container_disks(self, bridge: Bridge, name: str) -> ContainerDisks:
+        from .container_disks import HeldDisks
+
+        return HeldDisks(self.machine, bridge, name)
 
     async def release(self) -> None:
         await self.shutdown(RELEASE_TIMEOUT)

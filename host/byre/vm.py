@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from byre_images import Image
 
     from .bridge import Bridge
+    from .container_disks import ContainerDisks
     from .machines.base import Machine
     from .machines.config import MachineConfig
     from .owner import DiskPlace, Owner
@@ -90,6 +91,7 @@ class UtilityVM(GuestProcessHost):
         self._owner: Owner
         self._bridge: Bridge
         self._layers: Layers
+        self.container_disks: ContainerDisks
         self._ports: Ports
         self._ending: asyncio.Task[None] | None = None
         self.health: Health
@@ -157,6 +159,7 @@ class UtilityVM(GuestProcessHost):
         """Take over a VM that runs: ours, or a keeper's."""
         self._owner, self._bridge = owner, bridge
         self._layers = Layers(owner, bridge)
+        self.container_disks = owner.container_disks(bridge, self.name or owner.id)
         self._ports = owner.ports(bridge)
         self.health = Health(owner, bridge)
         self.health.start()
@@ -174,7 +177,7 @@ class UtilityVM(GuestProcessHost):
 
     async def shutdown(self, timeout: float = 10.0) -> None:
         """End the VM, and all in it; by force after `timeout` seconds.  Harmless when repeated (B51)."""
-        await self._end("the VM was shut down", lambda owner: owner.shutdown(timeout))
+        await self._end("the VM was shut down", lambda owner: owner.shutdown(timeout), orderly=True)
 
     async def terminate(self, reason: str = "the VM was terminated") -> None:
         """End the VM now; whatever still waits hears the reason.  Harmless when repeated (B51)."""
@@ -182,17 +185,19 @@ class UtilityVM(GuestProcessHost):
 
     async def close(self) -> None:
         """This program is done with it: ours ends, a keeper's goes on.  Harmless when repeated."""
-        await self._end("the VM was closed", lambda owner: owner.release())
+        await self._end("the VM was closed", lambda owner: owner.release(), orderly=True)
 
-    async def _end(self, reason: str, how: Callable[[Owner], Any]) -> None:
+    async def _end(self, reason: str, how: Callable[[Owner], Any], *, orderly: bool = False) -> None:
         """The first of several ends is the one; the others wait for it."""
         if not hasattr(self, "_owner"):
             return
         if self._ending is None:
-            self._ending = asyncio.get_running_loop().create_task(self._end_once(reason, how))
+            self._ending = asyncio.get_running_loop().create_task(self._end_once(reason, how, orderly))
         await asyncio.shield(self._ending)
 
-    async def _end_once(self, reason: str, how: Callable[[Owner], Any]) -> None:
+    async def _end_once(self, reason: str, how: Callable[[Owner], Any], orderly: bool) -> None:
+        if orderly:
+            await self.container_disks.sync()
         # A keeper is asked over the bridge, so its owner ends the VM first.
         with contextlib.suppress(ConnectionLost):
             await how(self._owner)
@@ -232,7 +237,8 @@ class UtilityVM(GuestProcessHost):
         Raises `ImageNotFound`, `ImageInvalid`, `RegistryFailed`, `ContainerExists`, `UserNotFound`, ...; after an
         error or a cancellation the id can be used again, and nothing is attached or mounted (B22).
         """
-        return await creation.create(self.bridge, self._layers, id, image, ContainerOptions(**options))
+        vm = creation.VM(self.bridge, self._layers, self.container_disks)
+        return await creation.create(vm, id, image, ContainerOptions(**options))
 
     async def containers(self) -> list[dict[str, Any]]:
         """What the agent knows of each container of this VM."""

@@ -32,6 +32,14 @@ def debian_layout() -> Path:
     return _made("debian", make_debian_image.make_debian_image, Path(make_debian_image.__file__))
 
 
+def postgres_layout() -> Path:
+    """PostgreSQL of Debian packages, with a database cluster."""
+    from . import make_debian_image, make_postgres_image
+
+    sources = (Path(make_postgres_image.__file__), Path(make_debian_image.__file__))
+    return _made("postgres", make_postgres_image.make_postgres_image, *sources)
+
+
 def _make_hundred(destination: Path) -> Path:
     layers = [busybox_image.busybox_layer()]
     for number in range(1, 100):

@@ -31,8 +31,6 @@ TIMEOUT = 1200
 
 def make_debian_image(destination: Path) -> Path:
     """The layout at `destination`, which must not exist yet.  Raises RuntimeError with mmdebstrap's words."""
-    if shutil.which("mmdebstrap") is None:
-        raise RuntimeError("there is no mmdebstrap: install the package mmdebstrap")
     with tempfile.TemporaryDirectory(prefix="byre-debian-") as folder:
         base, full = Path(folder) / "base.tar", Path(folder) / "full.tar"
         os.chmod(folder, 0o777)  # mmdebstrap writes as another user of its namespace
@@ -52,24 +50,28 @@ def _bootstrap(base: Path, full: Path) -> None:
     )
     install = f'chroot "$1" apt-get install -y --no-install-recommends {" ".join(COMPILER)}'
     clean = 'rm -rf "$1"/var/lib/apt/lists/* "$1"/var/cache/apt/* "$1"/var/log/*.log "$1"/var/log/apt'
+    hooks = [f"--customize-hook={hook}" for hook in (save, install, clean)]
+    bootstrap(full, f"--include={PYTHON}", "--skip=cleanup/apt/lists", *hooks)
+
+
+def bootstrap(target: Path, *options: str) -> None:
+    """A minimal Debian as the tar `target`, whose directory mmdebstrap can write to.  Raises RuntimeError."""
+    if shutil.which("mmdebstrap") is None:
+        raise RuntimeError("there is no mmdebstrap: install the package mmdebstrap")
     command = [
         "mmdebstrap",
         "--variant=minbase",
-        f"--include={PYTHON}",
         '--aptopt=Acquire::Languages "none"',
         "--dpkgopt=path-exclude=/usr/share/doc/*",
         "--dpkgopt=path-exclude=/usr/share/locale/*",
         "--dpkgopt=force-unsafe-io",
-        "--skip=cleanup/apt/lists",
-        f"--customize-hook={save}",
-        f"--customize-hook={install}",
-        f"--customize-hook={clean}",
+        *options,
         SUITE,
-        str(full),
+        str(target),
     ]
     if os.geteuid() == 0:  # its mounts end with it, however it ends; a chroot cannot change the propagation
         command = ["unshare", "--mount", "--propagation=unchanged", *command]
-    environment = {**os.environ, "TMPDIR": str(base.parent)}
+    environment = {**os.environ, "TMPDIR": str(target.parent)}
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment) as process:
         try:
             said = process.communicate(timeout=TIMEOUT)[1].decode("utf-8", "replace")

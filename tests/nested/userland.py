@@ -122,7 +122,7 @@ def _copy_caches(destination: Path) -> None:
     shutil.copytree(image.directory, built / "built" / image.directory.name)
     shutil.copy2(image_cache.Cache().pins_file, built / "pins.json")
     store = default_root()
-    for layout in (images.busybox_layout(), images.debian_layout()):
+    for layout in (images.busybox_layout(), images.debian_layout(), images.postgres_layout()):
         shutil.copytree(layout, destination / "test-images" / layout.name)
         with open_image(f"oci:{layout}") as found:
             layers = LayerStore().prepare(found)

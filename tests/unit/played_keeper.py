@@ -16,6 +16,7 @@ from typing import Any
 
 from byre import keeper
 from byre.bridge import Bridge
+from byre.container_disks import ContainerDisks
 from byre.errors import BootFailed
 from byre.owner import DiskPlace
 from byre.ports.address import Address
@@ -35,6 +36,23 @@ async def echo(process: FakeProcess) -> int:
     return 0
 
 
+class Disks(ContainerDisks):
+    """Says what it was told."""
+
+    def __init__(self) -> None:
+        self.held: dict[str, list[str]] = {}
+
+    async def hold(self, lease: str, container: str, volume: Path | None, size: int) -> str:
+        self.held.setdefault(lease, []).append(f"{volume} {size} for {container}")
+        return str(len(self.held[lease]))
+
+    async def drop(self, lease: str) -> None:
+        self.held.pop(lease, None)
+
+    async def sync(self) -> None:
+        pass
+
+
 class Played:
     """What is kept: it has the methods of a `UtilityVM` that a keeper calls."""
 
@@ -44,6 +62,7 @@ class Played:
         self.reason = ""
         self.paused = 0
         self.ports = HeldPorts(bridge)
+        self.container_disks = Disks()
 
     async def publish(self, host: str, guest: str, *, container: str) -> Address:
         return await self.ports.publish(container, host, guest)
@@ -55,7 +74,12 @@ class Played:
         return await self.ports.published()
 
     async def info(self) -> dict[str, Any]:
-        return {"machine": {"pid": os.getpid()}, "paused": self.paused, "tmp": tempfile.gettempdir()}
+        return {
+            "machine": {"pid": os.getpid()},
+            "paused": self.paused,
+            "held": self.container_disks.held,
+            "tmp": tempfile.gettempdir(),
+        }
 
     async def attach_disk(self, path: str) -> DiskPlace:
         return DiskPlace(Path(path), 3, 0)

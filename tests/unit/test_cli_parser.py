@@ -166,6 +166,7 @@ def test_every_command_leads_to_a_function() -> None:
     ]
     lines += ["image build", "image ls", "image verify", "image export f", "image import f", "image pull a b"]
     lines += ["image inspect a", "image rm a", "image prune"]
+    lines += ["volume create a", "volume ls", "volume inspect a", "volume rm a b", "volume prune -f"]
     lines += ["template ls", "template rm x", "template prune", "template verify"]
     for line in lines:
         module, function = parse(line.split()).command.split(":")

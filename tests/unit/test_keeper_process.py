@@ -79,6 +79,14 @@ def test_it_is_ready_when_start_returns_serves_its_methods_and_leaves_nothing(ru
         await owner.detach_disk(place)
         with pytest.raises(InvalidRequest, match="absolute"):
             await owner.attach_disk(Path("disk"))
+        disks = owner.container_disks(bridge, "a")
+        assert await disks.hold("lease", "web", Path("/some/data.disk"), 0) == "1"
+        assert await disks.hold("lease", "web", None, 7) == "2"
+        assert (await owner.info())["held"] == {"lease": ["/some/data.disk 0 for web", "None 7 for web"]}
+        with pytest.raises(InvalidRequest, match="absolute"):
+            await disks.hold("lease", "web", Path("data.disk"), 0)
+        await disks.drop("lease")
+        assert (await owner.info())["held"] == {}
         await bridge.close()
         assert rundir.is_up("a")
         await detached.end("a")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import os
 from collections.abc import Callable, Coroutine
 from pathlib import Path
@@ -207,3 +208,28 @@ async def test_what_is_no_disk_is_refused(bus: Recorder, files: list[Path]) -> N
     with pytest.raises(InvalidRequest, match="read-only"):
         await bus.table.attach(files[0], read_only=False)
     assert bus.log == ["plug a"]
+
+
+@with_bus
+async def test_an_open_file_keeps_its_lock_until_the_disk_is_gone(bus: Recorder, files: list[Path]) -> None:
+    def locked() -> bool:
+        with files[0].open() as other:
+            try:
+                fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return True
+        return False
+
+    with files[0].open("r+b") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        disk = await bus.table.attach(Path("a name"), read_only=False, file=file.fileno())
+        assert await bus.table.attach(Path("another"), read_only=False, file=file.fileno()) is disk
+        assert disk.file not in (None, file.fileno())
+    await bus.table.detach(disk)
+    assert locked() and bus.table.path_of(disk.serial) == "a name"
+    await bus.table.detach(disk)
+    assert not locked() and bus.table.path_of(disk.serial) == ""
+    with files[0].open("r+b") as file:
+        await bus.table.attach(files[0], read_only=False, file=file.fileno())
+    bus.table.end()
+    assert not locked()

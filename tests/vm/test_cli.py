@@ -24,6 +24,7 @@ from pathlib import Path
 
 import pytest
 
+from byre import rundir
 from tests.conftest import machine_options
 from tests.unit import oci_registry
 
@@ -434,7 +435,7 @@ def test_without_a_vm_that_is_up_it_boots_its_own_and_leaves_nothing(
     up: None, tmp_path: Path, busybox: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
-    done = byre("run", "-v", busybox, "sh", "-c", "echo hello; exit 6")
+    done = byre("run", "--verbose", busybox, "sh", "-c", "echo hello; exit 6")
     assert (done.returncode, done.stdout) == (6, b"hello\n")
     assert b"in a VM of its own" in done.stderr
     assert not list(tmp_path.glob("byre/*"))
@@ -443,7 +444,7 @@ def test_without_a_vm_that_is_up_it_boots_its_own_and_leaves_nothing(
 def test_an_interrupted_boot_leaves_nothing(up: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
     monkeypatch.setenv("TMPDIR", str(tmp_path))
-    with subprocess.Popen([*BYRE, "run", "-v", "--vm", "true"], stderr=subprocess.PIPE) as running:
+    with subprocess.Popen([*BYRE, "run", "--verbose", "--vm", "true"], stderr=subprocess.PIPE) as running:
         assert running.stderr is not None
         assert b"starts now" in running.stderr.readline()
         running.send_signal(signal.SIGINT)
@@ -487,3 +488,29 @@ def test_pods(up: None, busybox: str) -> None:
         assert byre("pod", "rm", "-f", "shop").stdout == b"shop\n"
     assert b"web" not in byre("ps").stdout
     assert b"no pod 'shop'" in byre(*run, busybox, "true").stderr
+
+
+def test_a_volume_outlives_vms_and_their_keepers(
+    up: None, busybox: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
+    mount = ["-v", "data:/data"]
+    done = byre("run", "--fresh", *mount, busybox, "sh", "-c", "echo kept > /data/file")
+    assert done.returncode == 0, done.stderr
+    assert byre("up", "other", *(f"--{name}={value}" for name, value in machine_options().items())).returncode == 0
+    keeper = rundir.find("other").info()["pid"]
+    try:
+        scratch = ["--storage-opt", "size=64m"]
+        done = byre("run", "--in", "other", "-d", *scratch, *mount, busybox, "sh", "-c", "df -m /; sleep infinity")
+        assert done.returncode == 0, done.stderr
+        until(lambda: b" 5" in byre("logs", "--in", "other", done.stdout.decode().strip()).stdout)
+        assert byre("volume", "ls").stdout.splitlines()[1].split()[-1] == b"other"
+        done = byre("run", "--rm", *mount, busybox, "true")
+        assert (done.returncode, b"in use by the VM 'other'" in done.stderr) == (125, True), done.stderr
+    finally:
+        os.kill(keeper, signal.SIGKILL)
+    done = byre("run", "--rm", "-v", "data:/data:ro", busybox, "sh", "-c", "cat /data/file; echo no > /data/file")
+    assert done.stdout == b"kept\n", done.stderr
+    assert b"Read-only" in done.stderr
+    assert byre("volume", "rm", "data").stdout == b"data\n"
+    assert list((tmp_path / "byre/scratch").iterdir()) == []

@@ -18,7 +18,7 @@ DEFAULT_VM = "default"  # as byre.rundir has it; a test compares them
 _WHICH_VM = """\
 which VM: the one that --in names; else the VM "default" while it is up (byre up); else a VM of the command's
 own, which is made for it and ends with it.  --fresh always takes a VM of its own.  With a terminal on stderr,
-or -v, byre says which.  -d needs a VM that stays: where "default" is not up, it is brought up and left up."""
+or --verbose, byre says which.  -d needs a VM that stays: "default" is brought up where it is not, and left up."""
 
 _STATUS = """\
 exit status: the command's own; 128+n when signal n killed it; 124 after --timeout; 125 an error of byre's own;
@@ -31,7 +31,8 @@ ends with byre, even when that is killed by SIGKILL; what -d started goes on."""
 #: Flags of `run` that mean nothing for a process in the VM itself.
 _CONTAINER_FLAGS = (
     *("detach", "rm", "name", "pids_limit", "entrypoint", "read_only", "privileged", "cap_add", "cap_drop"),
-    *("allow_new_privileges", "tmpfs", "hostname", "pull", "authfile", "tls_verify", "pod"),
+    *("allow_new_privileges", "tmpfs", "storage_opt", "volume", "hostname", "pod"),
+    *("pull", "authfile", "tls_verify"),
 )
 
 _RUN = """\
@@ -131,7 +132,7 @@ def build() -> Parser:
             epilog=epilog,
         )
         sub.set_defaults(command=command, name_of_command=name, parser=sub)
-        _common(sub, default=argparse.SUPPRESS)
+        _common(sub, default=argparse.SUPPRESS, short=name != "run")
         return sub
 
     _run(add("run", "run:run", _RUN, epilog=f"{_NAMES}\n\n{_WHICH_VM}\n\n{_STATUS}"))
@@ -146,13 +147,16 @@ def build() -> Parser:
     _pod(add("pod", "pods:ls", _POD))
     add("doctor", "doctor:doctor", "Say what this host has: accelerator and why, transports, tools, image.")
     _image(add("image", "images:ls", _IMAGE))
+    _volumes(add("volume", "volume:ls", "Look after named volumes, which outlive VMs (byre run -v NAME:/path)."))
     _template(add("template", "template:ls", "Look after the saved machines that VMs are cloned from."))
     return parser
 
 
-def _common(parser: Parser, default: object) -> None:
+def _common(parser: Parser, default: object, *, short: bool = True) -> None:
+    """`short`: -v says it too; after `run` it is a mount, as container users expect."""
     parser.add_argument("--debug", action="store_true", default=default, help="show the traceback of an error")
-    parser.add_argument("-v", "--verbose", action="store_true", default=default, help="say on stderr what is done")
+    verbose = ("-v", "--verbose") if short else ("--verbose",)
+    parser.add_argument(*verbose, action="store_true", default=default, help="say on stderr what is done")
 
 
 def _run(parser: Parser) -> None:
@@ -163,6 +167,7 @@ def _run(parser: Parser) -> None:
     add("--rm", action="store_true", help="delete the container when it has ended")
     add("--name", default="", help="id of the container; a random one without it")
     _publish(parser)
+    _volume(parser)
     add("--in", dest="vm_name", metavar="VM", default="", help="run in this VM, which is up")
     add("--pod", metavar="NAME", default="", help="in this pod of the VM that is up (byre pod create)")
     add("--fresh", action="store_true", help="a VM for this command alone even while another one is up")
@@ -173,6 +178,8 @@ def _run(parser: Parser) -> None:
     add("--entrypoint", metavar="PROGRAM", help="run this instead of the image's entrypoint")
     add("--read-only", action="store_true", help="the container cannot write its root file system")
     add("--tmpfs", action="append", default=[], metavar="PATH[:OPTIONS]", help="a tmpfs at this path")
+    add("--storage-opt", type=_scratch_size, metavar="size=BYTES",
+        help="what it writes goes to a disk of at most this size, as size=10g, not to memory")  # fmt: skip
     add("--pull", choices=("missing", "always", "never"), default="", help="when to fetch the image (missing)")
     _registry(parser)
     add("--hostname", metavar="NAME", help="host name inside; the container's id without it")
@@ -259,6 +266,28 @@ def _published(text: str) -> object:
     from .ports import published
 
     return published(text)
+
+
+def _volume(parser: Parser) -> None:
+    parser.add_argument(
+        "-v",
+        "--volume",
+        action="append",
+        default=[],
+        type=_mount,
+        metavar="SRC:DST[:ro]",
+        help="mount SRC at DST: a directory of this host (with a /, or . or ~ in front), else a named volume",
+    )
+
+
+def _mount(text: str) -> object:
+    from byre.errors import InvalidRequest
+    from byre.mounts import parse_mount
+
+    try:
+        return parse_mount(text)
+    except InvalidRequest as error:
+        raise argparse.ArgumentTypeError(f"{error.message}: {error.hint}") from None
 
 
 def _port(parser: Parser) -> None:
@@ -366,6 +395,26 @@ def _registry(parser: Parser) -> None:
     )
 
 
+def _volumes(parser: Parser) -> None:
+    actions = parser.add_subparsers(title="actions", metavar="ACTION", required=True, parser_class=Parser)
+
+    def add(name: str, text: str) -> Parser:
+        sub = actions.add_parser(name, help=text, description=text, allow_abbrev=False)
+        sub.set_defaults(command=f"volume:{name}", parser=sub)
+        _common(sub, default=argparse.SUPPRESS)
+        return sub
+
+    sub = add("create", "Make a volume; byre run -v makes what is missing, too.")
+    sub.add_argument("--size", type=size, metavar="BYTES", help="what fits in it at most, as 20g (10g)")
+    sub.add_argument("names", metavar="NAME", nargs="+")
+    add("ls", "List them: what fits, what it takes on this host's disk, and who has it.")
+    add("inspect", "Print what volumes are, as JSON.").add_argument("names", metavar="NAME", nargs="+")
+    add("rm", "Remove volumes, with all that is in them.").add_argument("names", metavar="NAME", nargs="+")
+    add("prune", "Remove all that no VM has now, with all that is in them; asks first.").add_argument(
+        "-f", "--force", action="store_true", help="do not ask"
+    )
+
+
 def _template(parser: Parser) -> None:
     actions = parser.add_subparsers(title="actions", metavar="ACTION", required=True, parser_class=Parser)
 
@@ -428,6 +477,14 @@ def size(text: str) -> int:
     if scale is None or not digits.isascii() or not digits.isdecimal() or not int(digits):
         raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 512m or 2g")
     return int(digits) << scale
+
+
+def _scratch_size(text: str) -> int:
+    """Bytes, from ``size=10g``, as docker has it."""
+    name, _, value = text.partition("=")
+    if name != "size":
+        raise argparse.ArgumentTypeError(f"{text!r} is not size=BYTES, such as size=10g")
+    return size(value)
 
 
 def age(text: str) -> float:

@@ -105,6 +105,8 @@ async def _detach(arguments: argparse.Namespace) -> int:
 async def _create(arguments: argparse.Namespace, vm: UtilityVM, pull: str, shown: Progress) -> GuestContainer:
     width, height = terminal.size(1)
     options: dict[str, Any] = {"pull": pull or "missing", "registry": registry_of(arguments), "progress": shown}
+    if arguments.storage_opt is not None:
+        options |= {"scratch": "disk", "scratch_bytes": arguments.storage_opt}
     if arguments.entrypoint is not None:
         options["entrypoint"] = [arguments.entrypoint] if arguments.entrypoint else []
     return await vm.create_container(
@@ -125,6 +127,7 @@ async def _create(arguments: argparse.Namespace, vm: UtilityVM, pull: str, shown
         no_new_privileges=not arguments.allow_new_privileges,
         read_only=arguments.read_only,
         tmpfs=arguments.tmpfs,
+        mounts=arguments.volume,
         hostname=arguments.hostname,
         pod=arguments.pod,
         **options,

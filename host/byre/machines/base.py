@@ -21,7 +21,7 @@ from byre.machines.disks import Disk, DiskTable
 
 if TYPE_CHECKING:
     import socket
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
 __all__ = ["Disk", "Identity", "Machine", "MachineConfig", "MachineExit"]
@@ -74,6 +74,8 @@ class Machine(abc.ABC):
         self._ended = asyncio.Event()
         self._waiting: set[_UntilEnd] = set()
         self._disks = DiskTable(self._plug, self._unplug)
+        #: Called with a disk's path and QEMU's words when reading or writing it failed here, on the host.
+        self.on_disk_error: Callable[[str, str], object] = lambda path, reason: None
 
     @property
     def exited(self) -> MachineExit | None:
@@ -116,15 +118,17 @@ class Machine(abc.ABC):
         with self._console.watch(text, lambda: loop.call_soon_threadsafe(found.set)), self._until_end():
             await found.wait()
 
-    async def attach_disk(self, path: Path, *, read_only: bool = True) -> Disk:
+    async def attach_disk(self, path: Path, *, read_only: bool = True, file: int | None = None) -> Disk:
         """Hot-add the raw image (a file or block device) at `path`; the same one twice is attached once (B60).
 
-        The guest sees it as SCSI 0:0:``disk.target``:``disk.lun``.  ResourceExhausted beyond the last place
-        (B62).  After an error or a cancellation it is not attached.
+        `file` is a descriptor of it, open for writing, the caller's to close: the machine has one of its own, with
+        the same locks, until the disk is gone from it; `path` is then only what it is called.  The guest sees it as
+        SCSI 0:0:``disk.target``:``disk.lun``.  ResourceExhausted beyond the last place (B62).  After an error or a
+        cancellation it is not attached.
         """
         self._check_alive()
         with self._until_end():
-            return await self._disks.attach(path, read_only=read_only)
+            return await self._disks.attach(path, read_only=read_only, file=file)
 
     async def detach_disk(self, disk: Disk) -> None:
         """Undo one `attach_disk`; the last one removes the disk (B60).  The guest must have let go of it before.

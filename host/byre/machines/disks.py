@@ -2,7 +2,8 @@
 
 Rule: a place is free, or taken by one file, or lost (its removal failed, so nobody may have it again).  Adding and
 removing themselves are the machine's; this table only says when.  A file is leased for as long as it has a place,
-so that nobody takes a layer for unused (`byre.oci.eviction`).
+so that nobody takes a layer for unused (`byre.oci.eviction`).  Of an open file that it was given it has a
+descriptor for as long: with it go the locks of whoever opened it, and they end with the emulator, not before.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import os
 import stat
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -30,13 +32,16 @@ MAX_DISKS = 256
 
 @dataclass(frozen=True, kw_only=True)
 class Disk:
-    """A hot-added disk: in the guest SCSI 0:0:``target``:``lun``, with ``serial`` in its VPD page 0x80."""
+    """A hot-added disk: in the guest SCSI 0:0:``target``:``lun``, with ``serial`` in its VPD page 0x80.
+
+    ``file`` is a descriptor of it, open for writing, where the emulator gets that instead of the path."""
 
     target: int
     lun: int
     path: Path
     serial: str
     read_only: bool
+    file: int | None = None
 
 
 @dataclass
@@ -61,9 +66,9 @@ class DiskTable:
         self._lost: list[Lease] = []
         self._serials = itertools.count(1)
 
-    async def attach(self, path: Path, *, read_only: bool) -> Disk:
+    async def attach(self, path: Path, *, read_only: bool, file: int | None = None) -> Disk:
         """See `Machine.attach_disk`."""
-        place = self._place_of(path, read_only)
+        place = self._place_of(path, read_only, file)
         place.references += 1
         try:
             async with place.lock:
@@ -117,8 +122,13 @@ class DiskTable:
             raise cancelled
         work.result()
 
-    def _place_of(self, path: Path, read_only: bool) -> _Place:
-        identity = _identity(path)
+    def path_of(self, serial: str) -> str:
+        """Of the disk with this serial; "" where there is none."""
+        disks = (place.disk for place in self._places.values())
+        return next((str(disk.path) for disk in disks if disk.serial == serial), "")
+
+    def _place_of(self, path: Path, read_only: bool, file: int | None) -> _Place:
+        identity = _identity(path, file)
         place = self._places.get(identity)
         if place is None:
             if not self._free:
@@ -126,13 +136,15 @@ class DiskTable:
                     f"no place for another disk: all {MAX_DISKS} are taken", hint="use another virtual machine"
                 )
             serial = f"byre{next(self._serials)}"
-            disk = Disk(target=self._free.pop(), lun=0, path=path, serial=serial, read_only=read_only)
-            place = self._places[identity] = _Place(disk, identity)
-            if path.is_file():
-                place.lease.add(path)
+            lease = Lease()
+            held = None if file is None else lease.hold(file)
+            if held is None and path.is_file():
+                lease.add(path)
+            disk = Disk(target=self._free.pop(), lun=0, path=path, serial=serial, read_only=read_only, file=held)
+            place = self._places[identity] = _Place(disk, identity, lease=lease)
         elif place.disk.read_only != read_only:
-            held = "read-only" if place.disk.read_only else "writable"
-            raise InvalidRequest(f"{path} is attached already, {held}", hint="detach it first")
+            how = "read-only" if place.disk.read_only else "writable"
+            raise InvalidRequest(f"{path} is attached already, {how}", hint="detach it first")
         return place
 
     def _let_go(self, place: _Place) -> None:
@@ -146,10 +158,10 @@ class DiskTable:
                 self._free.append(place.disk.target)
 
 
-def _identity(path: Path) -> tuple[int, int]:
+def _identity(path: Path, file: int | None) -> tuple[int, int]:
     """What makes two paths the same disk.  Only files and block devices: QEMU would block opening a FIFO."""
     try:
-        status = path.stat()
+        status = path.stat() if file is None else os.fstat(file)
     except OSError as error:
         raise MachineFailed(f"cannot attach the disk {path}: {error.strerror}", path=str(path)) from error
     if stat.S_ISBLK(status.st_mode):

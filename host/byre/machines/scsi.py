@@ -1,20 +1,24 @@
 """Disks on a running QEMU's virtio-scsi bus, which every machine type has, microvm included.
 
 Rule: a disk is a block node and a device, added in that order and removed in the other; removal finds whatever
-half of it there is.  Paths reach QEMU as JSON strings, so nothing in them is syntax.
+half of it there is.  Paths reach QEMU as JSON strings, so nothing in them is syntax; an open file as a descriptor,
+in a set that has the target's number.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 from typing import TYPE_CHECKING, Any, Protocol
 
 from byre.errors import DeadlineExceeded, MachineFailed
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from byre.machines.disks import Disk
+
+logger = logging.getLogger(__name__)
 
 #: The controller's id on the command line.
 CONTROLLER = "scsi0"
@@ -31,17 +35,20 @@ class Execute(Protocol):
 class ScsiBus:
     """The bus of one machine."""
 
-    def __init__(self, execute: Execute) -> None:
+    def __init__(self, execute: Execute, send_fd: Callable[[int], None]) -> None:
         self._execute = execute
+        self._send_fd = send_fd
+        self._sending = asyncio.Lock()  # QEMU keeps the last descriptor only
         self._deleted: dict[str, asyncio.Event] = {}
 
     async def plug(self, disk: Disk) -> None:
         """Add the disk.  After a failure `unplug` is due."""
         name = disk.serial
+        given = disk.file is not None
         node = {
-            "driver": "host_device" if disk.path.is_block_device() else "file",
+            "driver": "host_device" if not given and disk.path.is_block_device() else "file",
             "node-name": name,
-            "filename": str(disk.path),
+            "filename": await self._hand_over(disk) if given else str(disk.path),
             "read-only": disk.read_only,
             "discard": "unmap",
         }
@@ -59,8 +66,30 @@ class ScsiBus:
         await self._execute("blockdev-add", node)
         await self._execute("device_add", device)
 
+    async def _hand_over(self, disk: Disk) -> str:
+        """Give QEMU the descriptor of a disk; the name of the set of descriptors that it is in."""
+        assert disk.file is not None, "the caller has looked"
+        async with self._sending:
+            self._send_fd(disk.file)
+            await self._execute("add-fd", {"fdset-id": disk.target})
+        return f"/dev/fdset/{disk.target}"
+
     async def unplug(self, disk: Disk) -> None:
         """Remove the disk, or what there is of it."""
+        try:
+            await self._unplug(disk)
+        finally:
+            if disk.file is not None:
+                await self._take_back(disk)
+
+    async def _take_back(self, disk: Disk) -> None:
+        """Without a node on it the set is gone with this; where it never came there is nothing to do."""
+        try:
+            await self._execute("remove-fd", {"fdset-id": disk.target})
+        except MachineFailed as error:
+            logger.debug("= %s", error)
+
+    async def _unplug(self, disk: Disk) -> None:
         name = disk.serial
         await self._delete_device(name)
         try:

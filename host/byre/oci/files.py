@@ -98,6 +98,11 @@ class Lease:
         os.close(fd)
         return False
 
+    def hold(self, fd: int) -> int:
+        """An open file as it is, with the lock that its holder has; the descriptor that is ours."""
+        self._fds.append(os.dup(fd))
+        return self._fds[-1]
+
     def close(self) -> None:
         """Harmless when repeated."""
         while self._fds:
