@@ -68,7 +68,7 @@ def test_a_command_in_a_vm_that_is_up(keeper: int) -> None:
 
 
 def test_run_uses_the_default_vm_while_it_is_up_and_says_so_when_asked(keeper: int) -> None:
-    done = byre("run", "-v", "--vm", "echo", "x")
+    done = byre("run", "--verbose", "--vm", "echo", "x")
     assert (done.returncode, done.stdout) == (0, b"x")
     assert done.stderr == b"byre: in the VM 'default', which is up\n"
 

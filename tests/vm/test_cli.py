@@ -434,7 +434,7 @@ def test_without_a_vm_that_is_up_it_boots_its_own_and_leaves_nothing(
     up: None, tmp_path: Path, busybox: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
-    done = byre("run", "-v", busybox, "sh", "-c", "echo hello; exit 6")
+    done = byre("run", "--verbose", busybox, "sh", "-c", "echo hello; exit 6")
     assert (done.returncode, done.stdout) == (6, b"hello\n")
     assert b"in a VM of its own" in done.stderr
     assert not list(tmp_path.glob("byre/*"))
@@ -443,7 +443,7 @@ def test_without_a_vm_that_is_up_it_boots_its_own_and_leaves_nothing(
 def test_an_interrupted_boot_leaves_nothing(up: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
     monkeypatch.setenv("TMPDIR", str(tmp_path))
-    with subprocess.Popen([*BYRE, "run", "-v", "--vm", "true"], stderr=subprocess.PIPE) as running:
+    with subprocess.Popen([*BYRE, "run", "--verbose", "--vm", "true"], stderr=subprocess.PIPE) as running:
         assert running.stderr is not None
         assert b"starts now" in running.stderr.readline()
         running.send_signal(signal.SIGINT)

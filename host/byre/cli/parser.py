@@ -18,7 +18,7 @@ DEFAULT_VM = "default"  # as byre.rundir has it; a test compares them
 _WHICH_VM = """\
 which VM: the one that --in names; else the VM "default" while it is up (byre up); else a VM of the command's
 own, which is made for it and ends with it.  --fresh always takes a VM of its own.  With a terminal on stderr,
-or -v, byre says which.  -d needs a VM that stays: where "default" is not up, it is brought up and left up."""
+or --verbose, byre says which.  -d needs a VM that stays: "default" is brought up where it is not, and left up."""
 
 _STATUS = """\
 exit status: the command's own; 128+n when signal n killed it; 124 after --timeout; 125 an error of byre's own;
@@ -31,7 +31,7 @@ ends with byre, even when that is killed by SIGKILL; what -d started goes on."""
 #: Flags of `run` that mean nothing for a process in the VM itself.
 _CONTAINER_FLAGS = (
     *("detach", "rm", "name", "pids_limit", "entrypoint", "read_only", "privileged", "cap_add", "cap_drop"),
-    *("allow_new_privileges", "tmpfs", "hostname", "pull", "authfile", "tls_verify"),
+    *("allow_new_privileges", "tmpfs", "volume", "hostname", "pull", "authfile", "tls_verify"),
 )
 
 _RUN = """\
@@ -126,7 +126,7 @@ def build() -> Parser:
             epilog=epilog,
         )
         sub.set_defaults(command=command, name_of_command=name, parser=sub)
-        _common(sub, default=argparse.SUPPRESS)
+        _common(sub, default=argparse.SUPPRESS, short=name != "run")
         return sub
 
     _run(add("run", "run:run", _RUN, epilog=f"{_NAMES}\n\n{_WHICH_VM}\n\n{_STATUS}"))
@@ -144,9 +144,11 @@ def build() -> Parser:
     return parser
 
 
-def _common(parser: Parser, default: object) -> None:
+def _common(parser: Parser, default: object, *, short: bool = True) -> None:
+    """`short`: -v says it too; after `run` it is a mount, as container users expect."""
     parser.add_argument("--debug", action="store_true", default=default, help="show the traceback of an error")
-    parser.add_argument("-v", "--verbose", action="store_true", default=default, help="say on stderr what is done")
+    verbose = ("-v", "--verbose") if short else ("--verbose",)
+    parser.add_argument(*verbose, action="store_true", default=default, help="say on stderr what is done")
 
 
 def _run(parser: Parser) -> None:
@@ -157,6 +159,7 @@ def _run(parser: Parser) -> None:
     add("--rm", action="store_true", help="delete the container when it has ended")
     add("--name", default="", help="id of the container; a random one without it")
     _publish(parser)
+    _volume(parser)
     add("--in", dest="vm_name", metavar="VM", default="", help="run in this VM, which is up")
     add("--fresh", action="store_true", help="a VM for this command alone even while another one is up")
     _template_mode(parser)
@@ -252,6 +255,28 @@ def _published(text: str) -> object:
     from .ports import published
 
     return published(text)
+
+
+def _volume(parser: Parser) -> None:
+    parser.add_argument(
+        "-v",
+        "--volume",
+        action="append",
+        default=[],
+        type=_mount,
+        metavar="SRC:DST[:ro]",
+        help="mount SRC at DST: a directory of this host (with a /, or . or ~ in front), else a named volume",
+    )
+
+
+def _mount(text: str) -> object:
+    from byre.errors import InvalidRequest
+    from byre.mounts import parse_mount
+
+    try:
+        return parse_mount(text)
+    except InvalidRequest as error:
+        raise argparse.ArgumentTypeError(f"{error.message}: {error.hint}") from None
 
 
 def _port(parser: Parser) -> None:
