@@ -1,4 +1,4 @@
-"""The containers of this machine: who is called what, and the handlers of `container.*` and `disk.*`.
+"""The containers of this machine: who is called what, and the handlers of `container.*`, `disk.*` and `share.*`.
 
     handlers(server)                the methods of both, for the server's table
     create_process_in_container     `process.create` with a container
@@ -12,18 +12,18 @@ is at the moment in `container`.  Where there is no cgroup version 2, everything
 from __future__ import annotations
 
 from byre_proto import messages
-from byre_proto.errors import ContainerExists, ContainerNotFound, InvalidRequest, NotSupported
+from byre_proto.errors import ByreError, ContainerExists, ContainerNotFound, InvalidRequest, NotSupported
 
 from . import cgroups, children, disks, oci, stats
 from .container import STORAGE_TIMEOUT, Container
 from .execs import Exec
+from .shares import Shares
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
 
-    from byre_proto.errors import ByreError
     from byre_proto.session import Session
 
     from .server import Call, Handler, Server
@@ -96,6 +96,7 @@ class Containers:
         self.emit = server.event
         self.log = server.logs.log
         self.disks = disks.Disks(server.loop, server.reaper)
+        self.shares = Shares(server)
         self._by_id: dict[str, Container] = {}
 
     @property
@@ -108,6 +109,10 @@ class Containers:
         return {
             "disk.mount": self.disks.mount,
             "disk.unmount": self.disks.unmount,
+            "share.open": self.shares.open,
+            "share.mount": self.shares.mount,
+            "share.unmount": self.shares.unmount,
+            "share.wait": self.shares.wait,
             "container.create": self._create,
             "container.init": self._init,
             "container.start": lambda call, arguments: self._find(arguments).start(call),
@@ -130,6 +135,7 @@ class Containers:
         """It is gone; its id and its layers are free."""
         self._by_id.pop(container.id, None)
         self.disks.release(container.id)
+        self.shares.release(container.id)
 
     def _find(self, arguments: dict[str, Any]) -> Container:
         name = arguments["container"]
@@ -147,18 +153,23 @@ class Containers:
             raise ContainerExists(f"there is a container {name!r} already", hint="delete it first", container=name)
         if len(self._by_id) >= MAX_CONTAINERS:
             raise InvalidRequest(f"there are {MAX_CONTAINERS} containers", hint="delete some first")
-        if not arguments["layers"]:
-            raise InvalidRequest("a container needs at least one layer", hint="mount a disk first", field="layers")
+        if bool(arguments["layers"]) == bool(arguments["root_share"]):
+            raise InvalidRequest("a container needs layers, or a share that is its root", field="layers")
         if arguments["scratch_bytes"] < 0 or not 0 < arguments["stop_signal"] <= MAX_SIGNAL:
             raise InvalidRequest("scratch_bytes or stop_signal is out of range")
         oci.check_spec(arguments["spec"])
-        layers = self.disks.use(arguments["layers"], name)
         container = self._by_id[name] = Container(self, name, arguments["stop_signal"])
         try:
-            container.create(call, layers, arguments)
-        except OSError:
+            container.create(call, self._hold(name, arguments), arguments)
+        except (ByreError, OSError):
             self.forget(container)
             raise
+
+    def _hold(self, name: str, arguments: dict[str, Any]) -> list[str]:
+        """The directories of a container's layers, which with its shares are its from now on."""
+        root = arguments["root_share"]
+        self.shares.use([*arguments["shares"], *filter(None, [root])], name)
+        return [self.shares.path(root)] if root else self.disks.use(arguments["layers"], name)
 
     def _init(self, call: Call, arguments: dict[str, Any]) -> None:
         container = self._find(arguments)
@@ -256,5 +267,5 @@ def _refusals(reason: str) -> dict[str, Handler]:
             f"{call.method}: there can be no containers here: {reason}", hint="use a virtual machine"
         )
 
-    names = [name for name in messages.METHODS if name.startswith(("container.", "disk."))]
+    names = [name for name in messages.METHODS if name.startswith(("container.", "disk.", "share."))]
     return dict.fromkeys([*names, CREATE_PROCESS, START_FILES, SOCKET], refuse)

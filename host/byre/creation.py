@@ -1,21 +1,24 @@
 """From an image's reference to a container in a VM, or back to where it began.
 
     image -> layers (converted, cached) -> attached and mounted, all at once -> spec -> container.create
+    rootfs, mounts -> shared directories, mounted ----------------------------^
 
 Rule: every step that fails or is cancelled takes back what the steps before it did, and only that (B22).
 """
 
 from __future__ import annotations
 
+import contextlib
 import re
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .container import GuestContainer, InitStreams
-from .errors import ContainerNotFound, InvalidRequest
+from .errors import ByreError, ContainerNotFound, InvalidRequest
 from .machines.spawn import stoppable
+from .mounts import HostDirectory
 from .parameters import Resources, check_size
 
 if TYPE_CHECKING:
@@ -23,11 +26,14 @@ if TYPE_CHECKING:
 
     from .bridge import Bridge
     from .disks import Layers
+    from .mounts import Mount
     from .oci.files import Lease
     from .oci.image import ImageConfig
     from .oci.pull import PullProgress
     from .oci.registry import Registry
     from .oci.store import LayerProgress
+    from .shares.registry import Shares
+    from .shares.share import Share
 
 #: As podman and containerd have it; the id becomes the name of a directory and of a cgroup in the guest.
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
@@ -53,7 +59,7 @@ class ContainerOptions:
     no_new_privileges   no setuid programs
     seccomp         False: no filter
     read_only       its root file system
-    mounts          OCI mounts; they come last
+    mounts          `HostDirectory`, `Volume`, or OCI mounts; they come last
     tmpfs           paths with ``:options``, as podman's --tmpfs
     scratch_bytes   size of its writable layer, a tmpfs; 0: the agent's default
     stop_signal     None: the image's, or SIGTERM
@@ -81,7 +87,7 @@ class ContainerOptions:
     no_new_privileges: bool = True
     seccomp: bool = True
     read_only: bool = False
-    mounts: Sequence[Mapping[str, Any]] = ()
+    mounts: Sequence[Mount | Mapping[str, Any]] = ()
     tmpfs: Sequence[str] = ()
     scratch_bytes: int = 0
     stop_signal: int | str | None = None
@@ -99,44 +105,97 @@ class ContainerOptions:
         check_size(self.width, self.height)
 
 
-async def create(
-    bridge: Bridge, layers: Layers, container_id: str, image: str, options: ContainerOptions
-) -> GuestContainer:
+class VM(NamedTuple):
+    """What a container is made with."""
+
+    bridge: Bridge
+    layers: Layers
+    shares: Shares
+
+
+class _Root(NamedTuple):
+    """What is below a container's writable layer: an image's layers, or a shared directory."""
+
+    config: ImageConfig
+    request: dict[str, Any]
+    paths: Sequence[Path] = ()
+
+
+async def create(vm: VM, container_id: str, image: str, rootfs: str, options: ContainerOptions) -> GuestContainer:
     """See `UtilityVM.create_container`."""
     container_id = container_id or secrets.token_hex(6)
     if not _ID.fullmatch(container_id):
         raise InvalidRequest(
             f"{container_id!r} cannot name a container", hint="letters, digits, _ . and -; 64 at most"
         )
+    async with contextlib.AsyncExitStack() as undo:
+        root = await (_shared_root(vm, rootfs, undo) if rootfs else _image_root(vm, image, options, undo))
+        mounts, shares = await _share(vm, options.mounts, undo)
+        request = {**_request(container_id, root.config, options, mounts), **root.request, "shares": shares}
+        container = await _create(vm, root.paths, request, options)
+        undo.pop_all()
+    vm.layers.keep(root.paths)
+    return container
+
+
+async def _image_root(vm: VM, image: str, options: ContainerOptions, undo: contextlib.AsyncExitStack) -> _Root:
     config, paths, lease = await stoppable(
         lambda check: _prepare(image, options, check), undo=lambda prepared: prepared[2].close()
     )
     with lease:  # until the machine has the layers, and holds them itself
-        request = _request(container_id, config, options)
-        names = await layers.acquire(paths)
-    try:
-        container = await _create(bridge, layers, paths, names, request, options)
-    except BaseException:
-        await bridge.finish(layers.release(paths))
-        raise
-    layers.keep(paths)
-    return container
+        names = await vm.layers.acquire(paths)
+    undo.push_async_callback(lambda: vm.bridge.finish(vm.layers.release(paths)))
+    return _Root(config, {"layers": names}, paths)
+
+
+async def _shared_root(vm: VM, rootfs: str, undo: contextlib.AsyncExitStack) -> _Root:
+    """Nobody changes it while an overlay has it, so all of it can be cached."""
+    from .oci.image import ImageConfig
+
+    share = await vm.shares.share(rootfs, True, "loose")
+    undo.push_async_callback(_unshare, vm, share)
+    return _Root(ImageConfig(architecture="", os="linux"), {"root_share": share.name})
+
+
+async def _share(
+    vm: VM, mounts: Sequence[Mount | Mapping[str, Any]], undo: contextlib.AsyncExitStack
+) -> tuple[list[Mapping[str, Any]], list[str]]:
+    """The mounts as OCI has them, in their order, and the shares that were made for them."""
+    found: list[Mapping[str, Any]] = []
+    shares: list[str] = []
+    for mount in mounts:
+        if isinstance(mount, HostDirectory):
+            share = await vm.shares.share(str(mount.path), mount.read_only, "mmap")
+            undo.push_async_callback(_unshare, vm, share)
+            shares.append(share.name)
+            found.append(_bind(mount, share))
+        elif isinstance(mount, Mapping):
+            found.append(mount)
+        else:
+            raise InvalidRequest(f"{mount!r} cannot be mounted")
+    return found, shares
+
+
+async def _unshare(vm: VM, share: Share) -> None:
+    """The error that led to it is the one to tell; a container that was made for a moment took it with it."""
+    with contextlib.suppress(ByreError):
+        await vm.bridge.finish(share.close())
+
+
+def _bind(mount: HostDirectory, share: Share) -> dict[str, Any]:
+    options = ["rbind", "nosuid", "nodev", "ro" if mount.read_only else "rw"]
+    return {"destination": mount.target, "type": "bind", "source": share.path, "options": options}
 
 
 async def _create(
-    bridge: Bridge,
-    layers: Layers,
-    paths: list[Path],
-    names: list[str],
-    request: dict[str, Any],
-    options: ContainerOptions,
+    vm: VM, paths: Sequence[Path], request: dict[str, Any], options: ContainerOptions
 ) -> GuestContainer:
-    container_id = request["container"]
+    bridge, container_id = vm.bridge, request["container"]
     how = InitStreams(stdin=options.stdin, terminal=options.terminal, width=options.width, height=options.height)
     made: list[GuestContainer] = []
 
     def accept(_: dict[str, Any]) -> None:  # at once, so that an exit which follows is heard
-        made.append(GuestContainer(bridge, container_id, how, lambda: layers.release(paths)))
+        made.append(GuestContainer(bridge, container_id, how, lambda: vm.layers.release(paths)))
 
     async def undo(_: dict[str, Any]) -> None:
         await made[0].close()
@@ -145,7 +204,7 @@ async def _create(
         except ContainerNotFound:
             return
 
-    await bridge.call("container.create", timeout=CREATE_TIMEOUT, accept=accept, undo=undo, layers=names, **request)
+    await bridge.call("container.create", timeout=CREATE_TIMEOUT, accept=accept, undo=undo, **request)
     return made[0]
 
 
@@ -166,8 +225,10 @@ def _prepare(
         return found.config, [layer.path for layer in layers], lease
 
 
-def _request(container_id: str, config: ImageConfig, options: ContainerOptions) -> dict[str, Any]:
-    """The arguments of `container.create`, but for the layers."""
+def _request(
+    container_id: str, config: ImageConfig, options: ContainerOptions, mounts: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """The arguments of `container.create`, but for what is below its root; `mounts` are OCI's."""
     from .oci import spec
     from .parameters import signal_number
 
@@ -196,7 +257,7 @@ def _request(container_id: str, config: ImageConfig, options: ContainerOptions) 
             privileged=options.privileged,
             no_new_privileges=options.no_new_privileges,
             read_only=options.read_only,
-            mounts=[*(_tmpfs(text) for text in options.tmpfs), *options.mounts],
+            mounts=[*(_tmpfs(text) for text in options.tmpfs), *mounts],
             rlimits=options.rlimits,
             sysctl=options.sysctl,
             seccomp=seccomp,

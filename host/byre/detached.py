@@ -25,6 +25,7 @@ from .owner import DiskPlace, Owner
 if TYPE_CHECKING:
     from .calls import Result
     from .ports.registry import Ports
+    from .shares.registry import Shares
 
 #: Name of the VM that is meant when none is given.
 DEFAULT = rundir.DEFAULT
@@ -244,6 +245,11 @@ class KeeperClient(Owner):
         from .ports.registry import KeeperPorts
 
         return KeeperPorts(bridge)
+
+    def shares(self, bridge: Bridge) -> Shares:
+        from .shares.registry import KeeperShares
+
+        return KeeperShares(bridge)
 
     async def release(self) -> None:
         """Nothing: the VM goes on, and so does what this client started in it."""

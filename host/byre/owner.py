@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .machines.base import Machine
     from .machines.disks import Disk
     from .ports.registry import Ports
+    from .shares.registry import Shares
 
 #: An emulator that is told to quit does so in milliseconds; after this, in seconds, it is killed.
 RELEASE_TIMEOUT = 5.0
@@ -80,6 +81,10 @@ class Owner(abc.ABC):
     @abc.abstractmethod
     def ports(self, bridge: Bridge) -> Ports:
         """The forwards that belong to the VM, and not to a caller."""
+
+    @abc.abstractmethod
+    def shares(self, bridge: Bridge) -> Shares:
+        """The directories of this host that the VM has."""
 
     @abc.abstractmethod
     async def release(self) -> None:
@@ -149,6 +154,11 @@ class MachineOwner(Owner):
         from .ports.registry import HeldPorts
 
         return HeldPorts(bridge)
+
+    def shares(self, bridge: Bridge) -> Shares:
+        from .shares.registry import HeldShares
+
+        return HeldShares(bridge)
 
     async def release(self) -> None:
         await self.shutdown(RELEASE_TIMEOUT)

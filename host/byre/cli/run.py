@@ -110,6 +110,7 @@ async def _create(arguments: argparse.Namespace, vm: UtilityVM, pull: str, shown
     return await vm.create_container(
         arguments.name,
         image=arguments.target,
+        rootfs=arguments.rootfs,
         args=arguments.command_line,
         env=variables(arguments),
         cwd=arguments.workdir,
@@ -125,6 +126,7 @@ async def _create(arguments: argparse.Namespace, vm: UtilityVM, pull: str, shown
         no_new_privileges=not arguments.allow_new_privileges,
         read_only=arguments.read_only,
         tmpfs=arguments.tmpfs,
+        mounts=arguments.volume,
         hostname=arguments.hostname,
         **options,
     )
