@@ -7,7 +7,8 @@
 
 The kernel speaks 9P on one end of a socket pair, and the other end is a connection of the host's like any other
 (`connections`).  So mount(2) waits for answers that come through this agent: it is for a helper child, as is
-umount(2) (B47).  The agent itself never touches a path below a share.
+umount(2) (B47).  The agent itself never touches a path below a share, nor a pipe that may be locked by somebody who
+waits for one (`detours`).
 
 Rule: a share that a container was made with goes with the container; any other by `share.unmount`.  The host's side
 ends when the kernel has let go of its socket, and by nothing that the agent says.
@@ -22,7 +23,7 @@ import os
 
 from byre_proto.errors import ByreError, InvalidRequest, ResourceExhausted, StorageFailed
 
-from . import children, linux, storage
+from . import children, detours, linux, storage
 from .connections import Connection
 
 TYPE_CHECKING = False
@@ -127,6 +128,7 @@ class Shares:
             share.socket.close()
             raise
         self._shares[share.name] = share
+        detours.needed = True
         call.reply({"share": share.name, "path": share.path})
 
     def mount(self, call: Call, arguments: dict[str, Any]) -> None:
@@ -171,11 +173,15 @@ class Shares:
         share.connection = None
         if share.state == "open":
             share.close_socket()
-            self._shares.pop(share.name, None)
+            self._forget(share)
         elif share.state == "mounted":
             share.state = "lost"
             self._server.logs.log(40, f"the server of the share {share.path} has ended; there is only EIO now")
             share.tell()
+
+    def _forget(self, share: Share) -> None:
+        self._shares.pop(share.name, None)
+        detours.needed = bool(self._shares)
 
     def wait(self, call: Call, arguments: dict[str, Any]) -> None:
         """`share.wait`: now or later."""
@@ -213,7 +219,7 @@ class Shares:
 
         def removed(_result: object, error: ByreError | None) -> None:
             if error is None:
-                self._shares.pop(share.name, None)
+                self._forget(share)
                 share.tell()
                 if share.connection is not None and before != "mounted":
                     share.connection.abort()
