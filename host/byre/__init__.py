@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .file_operation import FileStatus
     from .files import Files
     from .local import LocalHost
+    from .mounts import HostDirectory
     from .parameters import ProcessParameters, Resources, UpdateResources
     from .pool import Pool, PoolStats
     from .ports.address import Address
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from .process import GuestProcess
     from .run import DEVNULL, PIPE, STDOUT, CompletedProcess
     from .serialhost import SerialHost
+    from .shares.share import Share
     from .sockethost import SocketHost
     from .vm import UtilityVM
 
@@ -45,6 +47,7 @@ _MODULES = {
     "Forward": "ports.forward",
     "GuestContainer": "container",
     "GuestProcess": "process",
+    "HostDirectory": "mounts",
     "LocalHost": "local",
     "PIPE": "run",
     "Pool": "pool",
@@ -56,6 +59,7 @@ _MODULES = {
     "Resources": "parameters",
     "STDOUT": "run",
     "SerialHost": "serialhost",
+    "Share": "shares.share",
     "SocketHost": "sockethost",
     "Stdio": "cow",
     "UpdateResources": "parameters",
@@ -81,6 +85,7 @@ __all__ = [
     "Forward",
     "GuestContainer",
     "GuestProcess",
+    "HostDirectory",
     "LocalHost",
     "Pool",
     "PoolStats",
@@ -90,6 +95,7 @@ __all__ = [
     "PublishedPort",
     "Resources",
     "SerialHost",
+    "Share",
     "SocketHost",
     "Stdio",
     "UpdateResources",

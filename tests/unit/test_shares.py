@@ -197,7 +197,7 @@ def test_what_cannot_be_shared_is_said(tmp_path: Path, monkeypatch: pytest.Monke
         server.check(str(tmp_path / "none"))
     with pytest.raises(errors.PathNotDirectory):
         server.check(str(tmp_path / "file"))
-    monkeypatch.setattr(server, "SERVER", "no-such-server")
+    monkeypatch.setattr(server, "DIOD", "no-such-server")
     with pytest.raises(errors.ToolMissing) as caught:
         server.found()
     assert "apt install diod" in caught.value.hint

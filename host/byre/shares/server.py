@@ -26,15 +26,15 @@ from byre.errors import (
     ToolMissing,
 )
 from byre.machines.spawn import OwnedProcess
+from byre_images.tools import SEARCH
 
 _log = logging.getLogger(__name__)
 
+#: The program.
+DIOD = "diod"
+
 #: For the server to be there, in seconds: a tenth of one when all is well.
 START_TIMEOUT = 30.0
-
-#: Debian has it where ordinary users' PATH does not lead.
-SERVER = "diod"
-SERVER_PATH = os.pathsep.join((os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin"))
 
 #: Bytes of one message: what diod takes; it keeps to the first that it was told.
 MSIZE = 65536
@@ -154,7 +154,7 @@ class Server:
 
 def found() -> str:
     """The server's program.  Raises `ToolMissing`."""
-    path = shutil.which(SERVER, path=SERVER_PATH)
+    path = shutil.which(DIOD, path=SEARCH)
     if path is None:
         raise ToolMissing("there is no diod to share directories with", hint="apt install diod")
     return path
