@@ -28,6 +28,7 @@ from .connections import Connection
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from typing import Any
 
     from .server import Call, Server
@@ -101,10 +102,25 @@ class Shares:
         """Where one that is in use is mounted."""
         return self._shares[name].path
 
+    def ending(self, container: str) -> Callable[[], None]:
+        """What unmounts a container's shares, in the helper child that removes its root; `release` follows."""
+        leaving = [one for one in self._shares.values() if one.container == container]
+        for share in leaving:
+            share.state = "removing"
+
+        def unmount() -> None:
+            for share in leaving:
+                _unmount(share.path, linux.UMOUNT_NOFOLLOW | linux.MNT_DETACH)
+
+        return unmount
+
     def release(self, container: str) -> None:
-        """The container is gone, and with it its shares."""
+        """The container is gone, or was not made; and with it its shares."""
         for share in [one for one in self._shares.values() if one.container == container]:
-            self._remove(share, None)
+            if share.state == "removing":
+                self._forget(share)
+            else:
+                self._remove(share, None)
 
     # -- mount ---------------------------------------------------------------------------------------------
 
@@ -161,6 +177,8 @@ class Shares:
         call.on_cancel = give_up
 
     def _mounted(self, share: Share, call: Call, error: ByreError | None) -> None:
+        if error is None and share.connection is None:
+            error = StorageFailed("the share's server has ended")
         if error is None and not call.answered:
             share.state = "mounted"
             call.reply({})

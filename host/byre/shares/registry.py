@@ -84,7 +84,7 @@ async def _carry(diod: server.Server, near: Local, far: Connection) -> None:
     ending = asyncio.create_task(diod.wait())
     try:
         await asyncio.wait({carrying, ending}, return_when=asyncio.FIRST_COMPLETED)
-        if not carrying.done():
+        if not carrying.done() and not diod.killed:
             _log.error("! the server of the shared directory %s %s", diod.directory, ending.result())
     finally:
         diod.kill()

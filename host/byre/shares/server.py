@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import errno
-import logging
 import os
 import shutil
 import socket
@@ -27,8 +26,6 @@ from byre.errors import (
 )
 from byre.machines.spawn import OwnedProcess
 from byre_images.tools import SEARCH
-
-_log = logging.getLogger(__name__)
 
 #: The program.
 DIOD = "diod"
@@ -75,6 +72,7 @@ class Server:
             handed=(control.detach(), theirs.detach()),
         )
         self._last_words = b""
+        self.killed = False  # by us
 
     async def start(self) -> None:
         """Raises `ShareFailed`; after an error, or a cancellation, nothing is left of it."""
@@ -139,6 +137,7 @@ class Server:
 
     def kill(self) -> None:
         """Harmless when repeated."""
+        self.killed = True
         self._process.kill()
 
     async def wait(self) -> str:
