@@ -17,6 +17,7 @@ UNIT_PORTS = "tests/unit/test_ports.py"
 VM = "tests/vm/test_vm.py"
 CLONES = "tests/vm/test_clones.py"
 HOST = "tests/unit/test_vm_host.py"
+SHARES = "tests/unit/test_shares.py"
 
 
 class Mutation(NamedTuple):
@@ -784,6 +785,22 @@ MUTATIONS = (
         "            pass\n",
         (f"{FILES}::test_a_full_scratch_is_an_error_and_the_rest_goes_on",),
         "vm",
+    ),
+    Mutation(
+        "B65",
+        "the server of a share keeps this host's root",
+        "host/byre/shares/confine.py",
+        "        leave_root()",
+        "        pass",
+        (f"{SHARES}::test_no_walk_leads_out", f"{SHARES}::test_nothing_outside_is_changed"),
+    ),
+    Mutation(
+        "B65",
+        "a read-only share is one by the guest's word alone",
+        "host/byre/shares/confine.py",
+        "(MOUNT_ATTR_RDONLY if read_only else 0)",
+        "0",
+        (f"{SHARES}::test_read_only_is_this_hosts_word",),
     ),
     Mutation(
         "B65",
