@@ -16,13 +16,14 @@ RESULTS  := test-results
 #   e2fsprogs               mke2fs: scratch disks and volumes
 #   busybox-static          the demo's and the tests' small container image
 #   skopeo                  images from registries
+#   diod                    directories of this host in a VM: the 9P server
 #   mmdebstrap, umoci, …    tests: a real Debian userland, independent tools to compare with
 #   docker-registry         tests: a real registry; the package starts one of its own on port 5000, which is not used
 #   openssl                 tests: a certificate that nobody vouches for
 #   vagrant                 tests: `vagrant validate`
 #   libseccomp2             tests: the seccomp profile is compiled as a runtime would
 RUN_PACKAGES  := python3 python3-venv qemu-system-x86 squashfs-tools-ng golang-github-containers-common \
-                 util-linux ca-certificates busybox-static zstd skopeo e2fsprogs
+                 util-linux ca-certificates busybox-static zstd skopeo e2fsprogs diod
 TEST_PACKAGES := vagrant mmdebstrap squashfs-tools umoci docker-registry openssl xz-utils libseccomp2 procps git
 
 .PHONY: demo test nested behaviours bench lint image setup setup-test clean

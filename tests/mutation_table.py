@@ -17,6 +17,7 @@ UNIT_PORTS = "tests/unit/test_ports.py"
 VM = "tests/vm/test_vm.py"
 CLONES = "tests/vm/test_clones.py"
 HOST = "tests/unit/test_vm_host.py"
+SHARES = "tests/unit/test_shares.py"
 
 
 class Mutation(NamedTuple):
@@ -52,7 +53,7 @@ MUTATIONS = (
         "B2",
         "what waits in a pipe for credit at the exit counts as never written",
         "guest/byre_guest/processes.py",
-        "return pump.written if total < 0 and pump is not None else total",
+        "return pump.written if total < 0 and pump is not None and not self.detoured else total",
         "return total",
         ("tests/unit/test_guest_processes.py::test_output_that_fits_the_pipe_is_read_after_the_exit",),
     ),
@@ -804,6 +805,22 @@ MUTATIONS = (
             "::test_a_full_scratch_disk_is_an_error_and_what_is_freed_goes_back_to_the_host",
         ),
         "vm",
+    ),
+    Mutation(
+        "B65",
+        "the server of a share keeps this host's root",
+        "host/byre/shares/confine.py",
+        "        leave_root()",
+        "        pass",
+        (f"{SHARES}::test_no_walk_leads_out", f"{SHARES}::test_nothing_outside_is_changed"),
+    ),
+    Mutation(
+        "B65",
+        "a read-only share is one by the guest's word alone",
+        "host/byre/shares/confine.py",
+        "(MOUNT_ATTR_RDONLY if read_only else 0)",
+        "0",
+        (f"{SHARES}::test_read_only_is_this_hosts_word",),
     ),
     Mutation(
         "B65",

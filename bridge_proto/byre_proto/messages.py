@@ -114,11 +114,20 @@ METHODS: dict[str, tuple[dict[str, tuple[Any, ...]], dict[str, tuple[Any, ...]]]
     "disk.unmount": ({"target": ("int",), "lun": ("int",)}, {}),
     # What was written to the disks that can be written is on them.
     "disk.sync": ({}, {}),
+    # A file system whose 9P server is at the other end of two streams; `path` is where the VM will have it.  They
+    # flow once a call is answered, and mounting needs them: so it is two calls.
+    "share.open": ({"stdin": ("int",), "stdout": ("int",)}, {"share": ("str",), "path": ("str",)}),
+    "share.mount": ({"share": ("str",), "read_only": ("bool", False), "cache": ("str", "mmap")}, {}),
+    "share.unmount": ({"share": ("str",)}, {}),
+    # Answered when it is gone, or (`lost`) its server is: then whatever is asked of it fails with EIO.
+    "share.wait": ({"share": ("str",)}, {"lost": ("bool",)}),
     "container.create": (
         {
             "container": ("str",),
             "spec": ("{any}",),
             "layers": ("[str]", []),  # lowest first, as disk.mount named them
+            "root_share": ("str", ""),  # in the place of layers
+            "shares": ("[str]", []),  # that are the container's from now on, and go with it
             "scratch": ("str", ""),  # the disk for what it writes, as disk.mount named it; "" is a tmpfs
             "scratch_bytes": ("int", 0),  # of the tmpfs
             "lease": ("str", ""),  # of its disks; container.deleted gives it back
@@ -181,6 +190,11 @@ METHODS.update(
         "vm.publish": ({"container": ("str", ""), "host": ("str",), "guest": ("str",)}, {"host": ("str",)}),
         "vm.unpublish": ({"host": ("str",)}, {}),
         "vm.ports": ({}, {"ports": ("[any]",)}),
+        # A directory of this host; its server is the keeper's.
+        "vm.share": (
+            {"directory": ("str",), "read_only": ("bool", False), "cache": ("str", "mmap")},
+            {"share": ("str",), "path": ("str",)},
+        ),
         "vm.console": ({"lines": ("int", 40)}, {"text": ("str",)}),
         "vm.pause": ({}, {}),
         "vm.resume": ({}, {}),

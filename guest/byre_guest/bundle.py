@@ -66,13 +66,14 @@ def prepare(
     """
     bundle = path_of(container)
     limits, spec = cgroups.take_limits(arguments["spec"])
-    layers, disk = [paths[name] for name in arguments["layers"]], paths.get(arguments["scratch"], "")
+    lower = [paths[name] for name in filter(None, [*arguments["layers"], arguments["root_share"]])]
+    disk = paths.get(arguments["scratch"], "")
     storage.need("overlay")
     try:
         os.makedirs(bundle, 0o700)
         os.mkdir(cgroup)
         scratch = disk or _mount_scratch(bundle, arguments["scratch_bytes"])
-        _mount_root(bundle, layers, scratch)
+        _mount_root(bundle, lower, scratch)
         if etc:
             names.add(etc, container)
         else:

@@ -335,7 +335,13 @@ class Container:
             self.owner.forget(self)
             done(error)
 
-        self._take_away(lambda: self._in_child(lambda: bundle.teardown(self.id, self.cgroup), removed))
+        end_shares = self.owner.shares.ending(self.id)
+
+        def tear_down() -> None:
+            bundle.teardown(self.id, self.cgroup)  # an overlay may have one of them below it
+            end_shares()
+
+        self._take_away(lambda: self._in_child(tear_down, removed))
 
     def _take_away(self, step: Callable[[], object]) -> None:
         """Begin a step of taking it away; again later while there are no descriptors or no memory for it."""

@@ -1,4 +1,4 @@
-"""The containers of this machine: who is called what, and the handlers of `container.*`, `disk.*` and `pod.*`.
+"""The containers of this machine: who is called what, and the handlers of the METHODS.
 
     handlers(server)                the methods, for the server's table
     create_process_in_container     `process.create` with a container
@@ -12,18 +12,18 @@ is at the moment in `container`.  Where there is no cgroup version 2, everything
 from __future__ import annotations
 
 from byre_proto import messages
-from byre_proto.errors import ContainerExists, ContainerNotFound, InvalidRequest, NotSupported
+from byre_proto.errors import ByreError, ContainerExists, ContainerNotFound, InvalidRequest, NotSupported
 
 from . import cgroups, children, disks, oci, pods, stats, volumes
 from .container import STORAGE_TIMEOUT, Container
 from .execs import Exec
+from .shares import Shares
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
 
-    from byre_proto.errors import ByreError
     from byre_proto.session import Session
 
     from .server import Call, Handler, Server
@@ -38,7 +38,7 @@ _ALPHANUMERIC = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0
 _ID_CHARACTERS = _ALPHANUMERIC | frozenset("_.-")
 
 #: What the methods begin with that are served here.
-METHODS = ("container.", "disk.", "pod.")
+METHODS = ("container.", "disk.", "pod.", "share.")
 
 #: Signals are 1 to 64; 0 would probe, not stop.
 MAX_SIGNAL = 64
@@ -100,6 +100,7 @@ class Containers:
         self.log = server.logs.log
         self.disks = disks.Disks(server.loop, server.reaper)
         self.pods = pods.Pods(server.loop, server.reaper, self.log)
+        self.shares = Shares(server)
         self._by_id: dict[str, Container] = {}
 
     @property
@@ -113,6 +114,10 @@ class Containers:
             "disk.mount": self.disks.mount,
             "disk.unmount": self.disks.unmount,
             "disk.sync": self.disks.sync,
+            "share.open": self.shares.open,
+            "share.mount": self.shares.mount,
+            "share.unmount": self.shares.unmount,
+            "share.wait": self.shares.wait,
             "container.create": self._create,
             "container.init": self._init,
             "container.start": lambda call, arguments: self._find(arguments).start(call),
@@ -136,6 +141,7 @@ class Containers:
         """It is gone; its id and its disks are free."""
         self._by_id.pop(container.id, None)
         self.disks.release(container.id)
+        self.shares.release(container.id)
         if container.pod is not None:
             container.pod.forget(container)
         self.emit("container.deleted", {"container": container.id, "lease": container.lease})
@@ -156,29 +162,31 @@ class Containers:
             raise ContainerExists(f"there is a container {name!r} already", hint="delete it first", container=name)
         if len(self._by_id) >= MAX_CONTAINERS:
             raise InvalidRequest(f"there are {MAX_CONTAINERS} containers", hint="delete some first")
-        if not arguments["layers"]:
-            raise InvalidRequest("a container needs at least one layer", hint="mount a disk first", field="layers")
+        if bool(arguments["layers"]) == bool(arguments["root_share"]):
+            raise InvalidRequest("a container needs layers, or a share that is its root", field="layers")
         if arguments["scratch_bytes"] < 0 or not 0 < arguments["stop_signal"] <= MAX_SIGNAL:
             raise InvalidRequest("scratch_bytes or stop_signal is out of range")
         oci.check_spec(arguments["spec"])
         pod = self.pods.find(arguments["pod"]) if arguments["pod"] else None
-        paths = self._use(name, arguments)
         container = Container(self, name, arguments["stop_signal"], arguments["lease"], pod)
         self._by_id[name] = container
         if pod is not None:
             pod.containers.add(container)
         try:
-            container.create(call, paths, arguments)
-        except OSError:
+            container.create(call, self._hold(name, arguments), arguments)
+        except (ByreError, OSError):
             self.forget(container)
             raise
 
-    def _use(self, container: str, arguments: dict[str, Any]) -> dict[str, str]:
-        """The disks that a container is made of, held for it: name -> where it is mounted."""
-        names = [*arguments["layers"], *volumes.named(arguments["spec"])]
-        if arguments["scratch"]:
-            names.append(arguments["scratch"])
-        return dict(zip(names, self.disks.use(names, container)))
+    def _hold(self, name: str, arguments: dict[str, Any]) -> dict[str, str]:
+        """The disks and the root of a container, which with its shares are its from now on: name -> where it is."""
+        root = arguments["root_share"]
+        self.shares.use([*arguments["shares"], *filter(None, [root])], name)
+        disks = [*arguments["layers"], *filter(None, [arguments["scratch"]]), *volumes.named(arguments["spec"])]
+        paths = dict(zip(disks, self.disks.use(disks, name)))
+        if root:
+            paths[root] = self.shares.path(root)
+        return paths
 
     def _init(self, call: Call, arguments: dict[str, Any]) -> None:
         container = self._find(arguments)

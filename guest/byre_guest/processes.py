@@ -24,7 +24,7 @@ from byre_proto.errors import (
     StartFailed,
 )
 
-from . import spawn, terminals, trees
+from . import detours, spawn, terminals, trees
 from .children import Collector
 from .inputs import ToPipe
 from .pumps import FromPipe
@@ -62,6 +62,7 @@ class Stdio:
         self.session = session
         self.terminal: bool = arguments["terminal"]
         self.ids: tuple[int, int, int] = (arguments["stdin"], arguments["stdout"], arguments["stderr"])
+        self.detoured = detours.needed
         self.ours = [-1, -1, -1]
         self.theirs = [-1, -1, -1]
         if self.terminal and self.ids[2]:
@@ -96,9 +97,9 @@ class Stdio:
             if not number:
                 self.theirs[index] = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
             elif index == 0:
-                self.theirs[0], self.ours[0] = os.pipe2(os.O_CLOEXEC)
+                self.theirs[0], self.ours[0] = detours.to_process()
             else:
-                self.ours[index], self.theirs[index] = os.pipe2(os.O_CLOEXEC)
+                self.ours[index], self.theirs[index] = detours.from_process()
 
     def close_theirs(self) -> None:
         """Our copies of the process's ends: with them open no stream would ever end."""
@@ -130,6 +131,7 @@ class Process:
         self.container = container
         self.tree = tree
         self.terminal = False
+        self.detoured = False  # what it has written and we have not read cannot be counted
         self.oom = False  # set by whoever can tell, before or in `on_exit`
         self.released = False
         self.exit: dict[str, Any] | None = None
@@ -159,9 +161,9 @@ class Process:
                 pump.close()
 
     def written(self, index: int) -> int:
-        """Bytes written to stdout (1) or stderr (2) until now, carried or not; -1 when nobody reads them."""
+        """Bytes written to stdout (1) or stderr (2) until now, carried or not; -1 when nobody knows."""
         total, pump = self.totals[index], self.outputs.get(index)
-        return pump.written if total < 0 and pump is not None else total
+        return pump.written if total < 0 and pump is not None and not self.detoured else total
 
 
 class Processes:
@@ -255,7 +257,7 @@ class Processes:
 
     def _start_pumps(self, process: Process, stdio: Stdio) -> None:
         stdio.close_theirs()
-        process.terminal = stdio.terminal
+        process.terminal, process.detoured = stdio.terminal, stdio.detoured
         pumps = self.pumps
         if pumps is None or pumps.session is not stdio.session:
             stdio.close()  # the connection that asked for it is gone

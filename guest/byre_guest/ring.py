@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+from . import detours
 from .loop import EPOLLIN
 
 TYPE_CHECKING = False
@@ -25,6 +26,7 @@ class Ring:
         self._loop = loop
         self._data = bytearray()
         self._fd = -1
+        self._detoured = False
 
     @property
     def data(self) -> bytes:
@@ -33,7 +35,8 @@ class Ring:
 
     def pipe(self) -> int:
         """The end of a new pipe to write to; close it once the process has it."""
-        self._fd, writing = os.pipe2(os.O_CLOEXEC)
+        self._fd, writing = detours.from_process()
+        self._detoured = detours.needed
         os.set_blocking(self._fd, False)
         self._loop.add(self._fd, EPOLLIN, lambda _mask: self._read())
         return writing
@@ -54,10 +57,11 @@ class Ring:
         return True
 
     def finish(self) -> None:
-        """Its writers have gone: take what the pipe holds."""
+        """Its writers have gone: take what the pipe holds.  What a detour holds comes a moment later."""
         while self._fd >= 0 and self._read():
             pass
-        self.close()
+        if not self._detoured:
+            self.close()
 
     def close(self) -> None:
         """Read no more.  Harmless when repeated."""

@@ -295,7 +295,7 @@ class Server:
 
     def _handler(self, method: str, arguments: dict[str, Any]) -> Handler:
         """Containers are looked at when the first one is: most of a boot's imports would be theirs."""
-        if method.startswith(("container.", "disk.", "pod.")) and method not in self.handlers:
+        if method.startswith(("container.", "disk.", "pod.", "share.")) and method not in self.handlers:
             from . import containers
 
             self.handlers.update(containers.handlers(self))

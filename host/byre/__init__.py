@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from .file_operation import FileStatus
     from .files import Files
     from .local import LocalHost
-    from .mounts import Volume
+    from .mounts import HostDirectory, Volume
     from .parameters import ProcessParameters, Resources, UpdateResources
     from .pod import Pod
     from .pool import Pool, PoolStats
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from .process import GuestProcess
     from .run import DEVNULL, PIPE, STDOUT, CompletedProcess
     from .serialhost import SerialHost
+    from .shares.share import Share
     from .sockethost import SocketHost
     from .vm import UtilityVM
 
@@ -47,6 +48,7 @@ _MODULES = {
     "Forward": "ports.forward",
     "GuestContainer": "container",
     "GuestProcess": "process",
+    "HostDirectory": "mounts",
     "LocalHost": "local",
     "PIPE": "run",
     "Pod": "pod",
@@ -59,6 +61,7 @@ _MODULES = {
     "Resources": "parameters",
     "STDOUT": "run",
     "SerialHost": "serialhost",
+    "Share": "shares.share",
     "SocketHost": "sockethost",
     "Stdio": "cow",
     "UpdateResources": "parameters",
@@ -85,6 +88,7 @@ __all__ = [
     "Forward",
     "GuestContainer",
     "GuestProcess",
+    "HostDirectory",
     "LocalHost",
     "Pod",
     "Pool",
@@ -95,6 +99,7 @@ __all__ = [
     "PublishedPort",
     "Resources",
     "SerialHost",
+    "Share",
     "SocketHost",
     "Stdio",
     "UpdateResources",

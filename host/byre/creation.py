@@ -2,6 +2,7 @@
 
     image -> layers (converted, cached) -> attached and mounted, all at once -> spec -> container.create
     scratch, volumes -> made, locked, attached and mounted -----------------------^
+    rootfs, mounts -> shared directories, mounted --------------------------------^
 
 Rule: every step that fails or is cancelled takes back what the steps before it did, and only that (B22).
 """
@@ -9,7 +10,6 @@ Rule: every step that fails or is cancelled takes back what the steps before it 
 from __future__ import annotations
 
 import contextlib
-import functools
 import re
 import secrets
 from collections.abc import Callable, Mapping, Sequence
@@ -17,9 +17,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .container import GuestContainer, InitStreams
+from .container_mounts import attach, shared, unshare
 from .errors import ContainerNotFound, InvalidRequest
-from .machines.spawn import in_thread, stoppable
-from .mounts import Volume
+from .machines.spawn import stoppable
 from .parameters import Resources, check_size
 
 if TYPE_CHECKING:
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from .oci.pull import PullProgress
     from .oci.registry import Registry
     from .oci.store import LayerProgress
+    from .shares.registry import Shares
 
 #: As podman and containerd have it; the id becomes the name of a directory and of a cgroup in the guest.
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
@@ -41,11 +42,8 @@ _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 #: Deadline of `container.create` in seconds: overlay, cgroup and the user's lookup, on a loaded guest.
 CREATE_TIMEOUT = 120.0
 
-
+#: What a container's writable layer may lie on.
 SCRATCHES = ("tmpfs", "disk")
-
-#: The type of a volume's mount in a spec for the agent; its source is the disk's name there.
-VOLUME = "volume"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +64,7 @@ class ContainerOptions:
     no_new_privileges   no setuid programs
     seccomp         False: no filter
     read_only       its root file system
-    mounts          `Volume`, or OCI mounts; they come last
+    mounts          `HostDirectory`, `Volume`, or OCI mounts; they come last
     tmpfs           paths with ``:options``, as podman's --tmpfs
     scratch         what its writable layer is: "tmpfs", or "disk", a sparse file here that goes with it
     scratch_bytes   the size of that at most; 0: half of the VM's memory, or 10 GiB of disk
@@ -125,25 +123,30 @@ class VM(NamedTuple):
     bridge: Bridge
     layers: Layers
     disks: ContainerDisks
+    shares: Shares
 
 
-async def create(vm: VM, container_id: str, image: str, options: ContainerOptions) -> GuestContainer:
+class _Root(NamedTuple):
+    """What is below a container's writable layer: an image's layers, or a shared directory."""
+
+    config: ImageConfig
+    request: dict[str, Any]
+    paths: Sequence[Path] = ()
+
+
+async def create(vm: VM, container_id: str, image: str, rootfs: str, options: ContainerOptions) -> GuestContainer:
     """See `UtilityVM.create_container`."""
     container_id = container_id or secrets.token_hex(6)
     check_id(container_id, "a container")
-    config, paths, lease = await stoppable(
-        lambda check: _prepare(image, options, check), undo=lambda prepared: prepared[2].close()
-    )
     async with contextlib.AsyncExitStack() as undo:
-        with lease:  # until the machine has the layers, and holds them itself
-            request = _request(container_id, config, options)
-            request["layers"] = await vm.layers.acquire(paths)
-        undo.push_async_callback(lambda: vm.bridge.finish(vm.layers.release(paths)))
+        root = await (_shared_root(vm, rootfs, undo) if rootfs else _image_root(vm, image, options, undo))
+        mounts, shares = await shared(vm, options.mounts, undo)
+        request = {**_request(container_id, root.config, options, mounts), **root.request, "shares": shares}
         undo.push_async_callback(lambda: vm.bridge.finish(vm.disks.drop(request["lease"])))
-        await _hold_disks(vm.disks, request, options)
-        container = await _create(vm, paths, request, options)
+        await attach(vm.disks, request, options)
+        container = await _create(vm, root.paths, request, options)
         undo.pop_all()
-    vm.layers.keep(paths)
+    vm.layers.keep(root.paths)
     return container
 
 
@@ -153,23 +156,29 @@ def check_id(name: str, what: str) -> None:
         raise InvalidRequest(f"{name!r} cannot name {what}", hint="letters, digits, _ . and -; 64 at most")
 
 
-async def _hold_disks(disks: ContainerDisks, request: dict[str, Any], options: ContainerOptions) -> None:
-    """Have what the container may write at hand, and name it in the request as the guest does."""
-    from . import disk_files, volumes  # most containers have neither
-
-    lease, container = request["lease"], request["container"]
-    if options.scratch == "disk":
-        size = options.scratch_bytes or disk_files.DEFAULT_BYTES
-        request["scratch"] = await disks.hold(lease, container, None, size)
-    for mount in request["spec"]["mounts"]:
-        if mount.get("type") == VOLUME:
-            path = await in_thread(functools.partial(volumes.ensure, mount["source"]))
-            mount["source"] = await disks.hold(lease, container, path, 0)
+async def _image_root(vm: VM, image: str, options: ContainerOptions, undo: contextlib.AsyncExitStack) -> _Root:
+    config, paths, lease = await stoppable(
+        lambda check: _prepare(image, options, check), undo=lambda prepared: prepared[2].close()
+    )
+    with lease:  # until the machine has the layers, and holds them itself
+        names = await vm.layers.acquire(paths)
+    undo.push_async_callback(lambda: vm.bridge.finish(vm.layers.release(paths)))
+    return _Root(config, {"layers": names}, paths)
 
 
-async def _create(vm: VM, paths: list[Path], request: dict[str, Any], options: ContainerOptions) -> GuestContainer:
-    bridge = vm.bridge
-    container_id = request["container"]
+async def _shared_root(vm: VM, rootfs: str, undo: contextlib.AsyncExitStack) -> _Root:
+    """Nobody changes it while an overlay has it, so all of it can be cached."""
+    from .oci.image import ImageConfig
+
+    share = await vm.shares.share(rootfs, True, "loose")
+    undo.push_async_callback(unshare, vm, share)
+    return _Root(ImageConfig(architecture="", os="linux"), {"root_share": share.name})
+
+
+async def _create(
+    vm: VM, paths: Sequence[Path], request: dict[str, Any], options: ContainerOptions
+) -> GuestContainer:
+    bridge, container_id = vm.bridge, request["container"]
     how = InitStreams(stdin=options.stdin, terminal=options.terminal, width=options.width, height=options.height)
     made: list[GuestContainer] = []
 
@@ -208,8 +217,10 @@ def _prepare(
         return found.config, [layer.path for layer in layers], lease
 
 
-def _request(container_id: str, config: ImageConfig, options: ContainerOptions) -> dict[str, Any]:
-    """The arguments of `container.create`, but for the disks."""
+def _request(
+    container_id: str, config: ImageConfig, options: ContainerOptions, mounts: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """The arguments of `container.create`, but for its disks and what is below its root; `mounts` are OCI's."""
     from .oci import spec
     from .parameters import signal_number
 
@@ -238,7 +249,7 @@ def _request(container_id: str, config: ImageConfig, options: ContainerOptions) 
             privileged=options.privileged,
             no_new_privileges=options.no_new_privileges,
             read_only=options.read_only,
-            mounts=[*(_tmpfs(text) for text in options.tmpfs), *map(_mount, options.mounts)],
+            mounts=[*(_tmpfs(text) for text in options.tmpfs), *mounts],
             rlimits=options.rlimits,
             sysctl=options.sysctl,
             seccomp=seccomp,
@@ -273,16 +284,6 @@ def _capabilities(options: ContainerOptions) -> set[str]:
     if "ALL" in {name.upper() for name in options.cap_drop}:
         return added
     return (set(default) | added) - dropped
-
-
-def _mount(mount: Mount | Mapping[str, Any]) -> Mapping[str, Any]:
-    """As OCI has it; the source of a volume's is its name, for the time being."""
-    if isinstance(mount, Volume):
-        options = ["nodev", "ro" if mount.read_only else "rw"]
-        return {"destination": mount.target, "type": VOLUME, "source": mount.name, "options": options}
-    if not isinstance(mount, Mapping):
-        raise InvalidRequest(f"{mount!r} cannot be mounted")
-    return mount
 
 
 def _tmpfs(text: str) -> dict[str, Any]:

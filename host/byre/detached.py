@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from .calls import Result
     from .container_disks import ContainerDisks
     from .ports.registry import Ports
+    from .shares.registry import Shares
 
 #: Name of the VM that is meant when none is given.
 DEFAULT = rundir.DEFAULT
@@ -250,6 +251,11 @@ class KeeperClient(Owner):
         from .container_disks import KeeperDisks
 
         return KeeperDisks(bridge)
+
+    def shares(self, bridge: Bridge) -> Shares:
+        from .shares.registry import KeeperShares
+
+        return KeeperShares(bridge)
 
     async def release(self) -> None:
         """Nothing: the VM goes on, and so does what this client started in it."""

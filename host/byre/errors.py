@@ -114,6 +114,18 @@ class ToolMissing(ByreError, FileNotFoundError):
     code = "tool-missing"
 
 
+class ShareFailed(ByreError, OSError):
+    """A directory of this host cannot be shared: its server was refused what it needs, or did not start."""
+
+    code = "share-failed"
+
+
+class ShareLost(ByreError, OSError):
+    """The server of a shared directory has ended: whatever is asked of the share fails with EIO."""
+
+    code = "share-lost"
+
+
 class TemplateBroken(ByreError):
     """A saved machine is not what it was when it was made."""
 

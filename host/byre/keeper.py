@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from .owner import DiskPlace
     from .ports.address import Address
     from .ports.registry import PublishedPort
+    from .shares.share import Share
 
 log = logging.getLogger(__name__)
 
@@ -72,6 +73,7 @@ class Kept(Protocol):
     async def publish(self, host: str, guest: str, *, container: str) -> Address: ...
     async def unpublish(self, host: str) -> None: ...
     async def published(self) -> list[PublishedPort]: ...
+    async def share(self, directory: str, *, read_only: bool, cache: str) -> Share: ...
     async def shutdown(self, timeout: float) -> None: ...
     async def wait(self) -> str: ...
 
@@ -218,6 +220,7 @@ class Methods:
             "vm.publish": self._publish,
             "vm.unpublish": self._unpublish,
             "vm.ports": self._ports,
+            "vm.share": self._share,
             "vm.shutdown": self._shutdown,
         }
 
@@ -266,6 +269,10 @@ class Methods:
     async def _ports(self, _: Arguments) -> Arguments:
         found = await self._kept.published()
         return {"ports": [[str(p.host), str(p.guest), p.container, p.connections] for p in found]}
+
+    async def _share(self, arguments: Arguments) -> Arguments:
+        share = await self._kept.share(**arguments)
+        return {"share": share.name, "path": share.path}
 
     async def _shutdown(self, arguments: Arguments) -> Arguments:
         self._ending("the VM was shut down")

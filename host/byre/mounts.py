@@ -20,6 +20,14 @@ from .errors import InvalidRequest
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 
 
+def host_path(path: str | os.PathLike[str]) -> str:
+    """A path of this host as it is meant here and now, for whoever serves it.  Raises `InvalidRequest`."""
+    text = os.fspath(path)
+    if not text or "\0" in text:
+        raise InvalidRequest(f"{text!r} is no path", hint="give a directory of this host")
+    return os.path.abspath(os.path.expanduser(text))
+
+
 def _check_target(target: str) -> None:
     """An absolute path inside, other than the root.  What links on the way to it do is the runtime's to settle."""
     if not target.startswith("/") or "\0" in target:
@@ -68,10 +76,7 @@ class HostDirectory:
     read_only: bool = False
 
     def __post_init__(self) -> None:
-        path = os.fspath(self.path)
-        if not path or "\0" in path:
-            raise InvalidRequest(f"{path!r} is no path", hint="give a directory of this host")
-        object.__setattr__(self, "path", os.path.abspath(os.path.expanduser(path)))
+        object.__setattr__(self, "path", host_path(self.path))
         _check_target(self.target)
 
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .machines.base import Machine
     from .machines.disks import Disk
     from .ports.registry import Ports
+    from .shares.registry import Shares
 
 #: An emulator that is told to quit does so in milliseconds; after this, in seconds, it is killed.
 RELEASE_TIMEOUT = 5.0
@@ -85,6 +86,10 @@ class Owner(abc.ABC):
     @abc.abstractmethod
     def container_disks(self, bridge: Bridge, name: str) -> ContainerDisks:
         """The disks that containers of the VM, which goes by this name, may write."""
+
+    @abc.abstractmethod
+    def shares(self, bridge: Bridge) -> Shares:
+        """The directories of this host that the VM has."""
 
     @abc.abstractmethod
     async def release(self) -> None:
@@ -159,6 +164,11 @@ class MachineOwner(Owner):
         from .container_disks import HeldDisks
 
         return HeldDisks(self.machine, bridge, name)
+
+    def shares(self, bridge: Bridge) -> Shares:
+        from .shares.registry import HeldShares
+
+        return HeldShares(bridge)
 
     async def release(self) -> None:
         await self.shutdown(RELEASE_TIMEOUT)

@@ -22,9 +22,10 @@ from . import clone, creation, pod
 from .container import GuestContainer, InitStreams
 from .creation import ContainerOptions
 from .disks import Layers
-from .errors import ByreError, ConnectionLost, DeadlineExceeded, MachineFailed
+from .errors import ByreError, ConnectionLost, DeadlineExceeded, InvalidRequest, MachineFailed
 from .health import Health
 from .machines.spawn import in_thread
+from .mounts import host_path
 from .owner import MachineOwner
 from .process import GuestProcessHost
 
@@ -40,6 +41,8 @@ if TYPE_CHECKING:
     from .pod import Pod
     from .ports.address import Address, AddressLike
     from .ports.registry import Ports, PublishedPort
+    from .shares.registry import Shares
+    from .shares.share import Share
 
 #: Deadline of the agent's own stack dump, in seconds, before its silence is the answer.
 STACKS_TIMEOUT = 5.0
@@ -93,6 +96,7 @@ class UtilityVM(GuestProcessHost):
         self._layers: Layers
         self.container_disks: ContainerDisks
         self._ports: Ports
+        self._shares: Shares
         self._ending: asyncio.Task[None] | None = None
         self.health: Health
 
@@ -161,6 +165,7 @@ class UtilityVM(GuestProcessHost):
         self._layers = Layers(owner, bridge)
         self.container_disks = owner.container_disks(bridge, self.name or owner.id)
         self._ports = owner.ports(bridge)
+        self._shares = owner.shares(bridge)
         self.health = Health(owner, bridge)
         self.health.start()
 
@@ -228,17 +233,24 @@ class UtilityVM(GuestProcessHost):
 
     # -- containers ----------------------------------------------------------------------------------------
 
-    async def create_container(self, id: str = "", *, image: str, **options: Any) -> GuestContainer:
+    async def create_container(
+        self, id: str = "", *, image: str = "", rootfs: str | os.PathLike[str] = "", **options: Any
+    ) -> GuestContainer:
         """Make a container of an image; `start` runs it (B20).  `options`: see `creation.ContainerOptions`.
 
         `image` is a path or a name (`oci.reference` says which): ``oci:PATH[:TAG]``, ``./archive.tar``, ``debian``,
-        ``docker://registry:5000/app@sha256:…``.  A name is pulled where it is missing.
+        ``docker://registry:5000/app@sha256:…``.  A name is pulled where it is missing.  In its place `rootfs` is a
+        directory of this host with a whole root file system: nobody may change it meanwhile, and the container does
+        not; what it writes is gone with it.
 
         Raises `ImageNotFound`, `ImageInvalid`, `RegistryFailed`, `ContainerExists`, `UserNotFound`, ...; after an
         error or a cancellation the id can be used again, and nothing is attached or mounted (B22).
         """
-        vm = creation.VM(self.bridge, self._layers, self.container_disks)
-        return await creation.create(vm, id, image, ContainerOptions(**options))
+        if bool(image) == bool(rootfs):
+            raise InvalidRequest("exactly one of image and rootfs is needed")
+        vm = creation.VM(self.bridge, self._layers, self.container_disks, self._shares)
+        root = host_path(rootfs) if rootfs else ""
+        return await creation.create(vm, id, image, root, ContainerOptions(**options))
 
     async def containers(self) -> list[dict[str, Any]]:
         """What the agent knows of each container of this VM."""
@@ -301,6 +313,24 @@ class UtilityVM(GuestProcessHost):
         if self.bridge.lost is not None:  # before the start `bridge` itself raises
             raise self.bridge.lost
         return self._ports
+
+    # -- directories of this host --------------------------------------------------------------------------
+
+    async def share(
+        self, directory: str | os.PathLike[str], *, read_only: bool = False, cache: str = "mmap"
+    ) -> Share:
+        """Give the VM a directory of this host, while both go on: at the `path` of what is returned.
+
+        Nothing in the VM can leave it, and with `read_only` this host refuses every change.  A container gets one
+        by `mounts` of `create_container`.  `cache`: "mmap", what the host changes is seen; "loose" is faster, for a
+        directory that nobody changes meanwhile.  For a detached VM its keeper serves it.
+
+        Raises `PathNotFound`, `PathNotDirectory`, `PermissionRefused`, `ToolMissing` (diod), `ShareFailed` (the
+        next step in its hint), `ResourceExhausted`.
+        """
+        if self.bridge.lost is not None:
+            raise self.bridge.lost
+        return await self._shares.share(host_path(directory), read_only, cache)
 
     # -- the machine ---------------------------------------------------------------------------------------
 

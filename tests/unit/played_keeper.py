@@ -21,6 +21,7 @@ from byre.errors import BootFailed
 from byre.owner import DiskPlace
 from byre.ports.address import Address
 from byre.ports.registry import HeldPorts, PublishedPort
+from byre.shares.share import Share
 from byre.testing import FakeGuest, FakeProcess
 
 
@@ -72,6 +73,9 @@ class Played:
 
     async def published(self) -> list[PublishedPort]:
         return await self.ports.published()
+
+    async def share(self, directory: str, *, read_only: bool, cache: str) -> Share:
+        return Share(self.bridge, "1", f"/played{directory}", directory)
 
     async def info(self) -> dict[str, Any]:
         return {

@@ -9,6 +9,7 @@ from byre.cli import parser
 from byre.cli.copy import Operand
 from byre.cli.parser import parse
 from byre.errors import InvalidRequest
+from byre.mounts import HostDirectory, Volume
 
 
 def test_options_end_where_the_image_begins() -> None:
@@ -198,3 +199,19 @@ def test_a_container_alone_is_nothing_to_copy() -> None:
 
 def test_the_default_vm_is_the_run_directorys() -> None:
     assert parser.DEFAULT_VM == rundir.DEFAULT
+
+
+def test_mounts_and_roots_of_this_host() -> None:
+    arguments = parse(["run", "-v", "/src:/dst:ro", "-v", "data:/data", "image", "true"])
+    assert arguments.volume == [HostDirectory("/src", "/dst", read_only=True), Volume("data", "/data")]
+    arguments = parse(["run", "--rootfs", "root", "--", "sh", "-c", "x"])
+    assert (arguments.rootfs, arguments.target, arguments.command_line) == ("root", "", ["sh", "-c", "x"])
+
+
+@pytest.mark.parametrize(
+    "line", ["run -v /src image", "run -v src:dst image", "run --rootfs root", "run --vm -v /a:/b true"]
+)
+def test_what_cannot_be_mounted_is_a_usage_error(line: str) -> None:
+    with pytest.raises(SystemExit) as caught:
+        parse(line.split())
+    assert caught.value.code == 2

@@ -417,7 +417,7 @@ def test_what_a_container_is_asked_to_be() -> None:
     )
 
     def request(**options: Any) -> Any:
-        return creation._request("c1", config, ContainerOptions(seccomp=False, **options))
+        return creation._request("c1", config, ContainerOptions(seccomp=False, **options), [])
 
     plain = request()
     assert plain["spec"]["process"]["args"] == ["/entry", "sh"]

@@ -16,6 +16,7 @@ import pytest
 import byre
 from byre import ProcessParameters, detached, errors, rundir
 from byre.machines.config import MIN_MEMORY_MIB
+from byre.mounts import HostDirectory
 from tests.conformance.test_process import SOON
 from tests.conftest import machine_options
 
@@ -177,3 +178,26 @@ async def test_a_client_that_does_not_read_costs_the_keeper_no_memory(detached_v
     for process in unread:
         await process.kill()
         await process.close()
+
+
+async def test_a_shared_directory_is_the_keepers_and_goes_with_its_container(
+    detached_vm: Any, busybox: str, tmp_path: Path
+) -> None:
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    container = await detached_vm.create_container(
+        "c1", image=busybox, args=["sleep", "infinity"], mounts=[HostDirectory(shared, "/it")]
+    )
+    await container.start()
+    await container.close()
+    await detached_vm.close()
+    async with await byre.UtilityVM.attach("kept") as later:
+        container = await later.open_container("c1")
+        await container.run(["sh", "-c", "echo written > /it/file"], check=True)
+        assert (shared / "file").read_text() == "written\n"
+        await container.delete()
+        done = await later.run(["ls", "/run/byre/s"], capture_output=True)
+        assert done.stdout == b""
+        async with await later.share(shared, read_only=True) as share:
+            done = await later.run(["cat", f"{share.path}/file"], capture_output=True)
+            assert done.stdout == b"written\n"

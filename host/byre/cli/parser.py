@@ -31,7 +31,7 @@ ends with byre, even when that is killed by SIGKILL; what -d started goes on."""
 #: Flags of `run` that mean nothing for a process in the VM itself.
 _CONTAINER_FLAGS = (
     *("detach", "rm", "name", "pids_limit", "entrypoint", "read_only", "privileged", "cap_add", "cap_drop"),
-    *("allow_new_privileges", "tmpfs", "storage_opt", "volume", "hostname", "pod"),
+    *("allow_new_privileges", "tmpfs", "storage_opt", "volume", "rootfs", "hostname", "pod"),
     *("pull", "authfile", "tls_verify"),
 )
 
@@ -40,6 +40,7 @@ Run a command in a new container, or (--vm) in the virtual machine itself.
 
     byre run NAME [--] [COMMAND...]              NAME: debian, docker.io/library/debian:12, host:5000/app@sha256:...
     byre run oci:PATH[:TAG] [--] [COMMAND...]    PATH: an OCI layout directory, an OCI or docker archive
+    byre run --rootfs DIR [--] COMMAND...        DIR: a whole root file system on this host
     byre run --vm [--] COMMAND..."""
 
 _NAMES = """\
@@ -168,6 +169,12 @@ def _run(parser: Parser) -> None:
     add("--name", default="", help="id of the container; a random one without it")
     _publish(parser)
     _volume(parser)
+    add(
+        "--rootfs",
+        metavar="DIR",
+        default="",
+        help="a directory of this host in place of an image; it is not written to",
+    )
     add("--in", dest="vm_name", metavar="VM", default="", help="run in this VM, which is up")
     add("--pod", metavar="NAME", default="", help="in this pod of the VM that is up (byre pod create)")
     add("--fresh", action="store_true", help="a VM for this command alone even while another one is up")
@@ -439,14 +446,14 @@ def _split_command(arguments: argparse.Namespace) -> None:
     if words[:1] == ["--"]:
         del words[0]
     arguments.target = ""
-    if not arguments.vm:
+    if not arguments.vm and not getattr(arguments, "rootfs", ""):
         if not words:
             parser.error(f"{what} is needed, or --vm")
         arguments.target = words.pop(0)
         if words[:1] == ["--"]:
             del words[0]
     arguments.command_line = words
-    if not words and (arguments.vm or arguments.name_of_command == "exec"):
+    if not words and (not arguments.target or arguments.name_of_command == "exec"):
         parser.error("a command is needed")
     if arguments.name_of_command == "run":
         _check_run(arguments)

@@ -112,6 +112,7 @@ async def _create(arguments: argparse.Namespace, vm: UtilityVM, pull: str, shown
     return await vm.create_container(
         arguments.name,
         image=arguments.target,
+        rootfs=arguments.rootfs,
         args=arguments.command_line,
         env=variables(arguments),
         cwd=arguments.workdir,

@@ -69,7 +69,7 @@ async def _boot(vm: UtilityVM, arguments: argparse.Namespace) -> AsyncIterator[N
     """Boot, while the image's layers are made ready: one that is not there is not worth waiting for a VM."""
     booting = asyncio.create_task(vm.start(say))
     tasks: set[asyncio.Task[Any]] = {booting}
-    if not arguments.vm:
+    if not arguments.vm and not arguments.rootfs:
         tasks.add(asyncio.create_task(stoppable(lambda check: _prepare(arguments, check))))
     try:
         done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)

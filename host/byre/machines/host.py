@@ -19,6 +19,7 @@ from byre.machines.clock import tsc_khz
 from byre.machines.command_line import QEMU, choose_machine
 from byre.machines.config import MachineConfig
 from byre.machines.qemu import OLDEST_QEMU, TOOLS
+from byre.shares.server import DIOD
 from byre.transports.choice import choose_transport
 from byre.transports.vsock import Vsock
 from byre_images.tools import PACKAGE_OF, SEARCH
@@ -52,7 +53,7 @@ class HostReport:
 def describe_host() -> HostReport:
     """Look at everything.  Blocks: up to some seconds the first time after a boot."""
     return HostReport(
-        (*_tools(), _accelerator(), _machine(), *_transports(), _memory(), _skopeo(), *_builder_tools())
+        (*_tools(), _accelerator(), _machine(), *_transports(), _memory(), _skopeo(), _diod(), *_builder_tools())
     )
 
 
@@ -131,6 +132,14 @@ def _skopeo() -> HostFact:
     """Not fatal: images can be imported from archives."""
     path = shutil.which("skopeo")
     return HostFact("skopeo", True, path or "not installed", "" if path else "apt install skopeo, to pull images")
+
+
+def _diod() -> HostFact:
+    """Not fatal: most VMs share no directory."""
+    path = shutil.which(DIOD, path=SEARCH)
+    return HostFact(
+        DIOD, True, path or "not installed", "" if path else "apt install diod, to share directories (-v)"
+    )
 
 
 def _builder_tools() -> list[HostFact]:

@@ -39,7 +39,8 @@ class Connection:
         assert isinstance(transport, _Transport)
         transport.reader = self.reader
         self._transport = transport
-        self._streams: dict[str, Any] = {"stdin": stdin, "stdout": stdout}
+        #: As the wire's requests have them.
+        self.streams: dict[str, Any] = {"stdin": stdin, "stdout": stdout}
 
     async def open(self, bridge: Bridge, method: str, timeout: float | None, **arguments: Any) -> Self:
         """Have the guest connect (or accept) it; after an error nothing is left.
@@ -47,7 +48,7 @@ class Connection:
         Nor of one that nobody waits for any more and that yet stands: `abort` goes out behind the answer to it.
         """
         try:
-            await bridge.call(method, timeout=timeout, **self._streams, **arguments)
+            await bridge.call(method, timeout=timeout, **self.streams, **arguments)
         except BaseException:
             self.abort()
             raise
