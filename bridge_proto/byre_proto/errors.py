@@ -154,6 +154,12 @@ class DiskInUse(ByreError):
     code = "disk-in-use"
 
 
+class MountInUse(ByreError):
+    """A mount cannot be removed: a process in the container has something of it open (B61)."""
+
+    code = "mount-in-use"
+
+
 class StorageFailed(ByreError, OSError):
     """A mount, a disk or a layer in the guest failed."""
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from . import properties
 from .calls import CALL_TIMEOUT
@@ -26,6 +26,7 @@ from .errors import (
 )
 from .parameters import ModifyRequest, ProcessConfig, UpdateResources
 from .process import GuestProcess, GuestProcessHost
+from .stats import ContainerStats, ProcessStats
 
 if TYPE_CHECKING:
     from .bridge import Bridge
@@ -44,6 +45,15 @@ class InitStreams:
     terminal: bool = False
     width: int = 80
     height: int = 24
+
+
+class LogPiece(NamedTuple):
+    """`data` was written after `dropped` bytes that were no longer kept when it was asked for.  `ended`: nothing
+    more will come."""
+
+    data: bytes = b""
+    dropped: int = 0
+    ended: bool = False
 
 
 class GuestContainer(GuestProcessHost, Container):
@@ -209,8 +219,33 @@ class GuestContainer(GuestProcessHost, Container):
 
     async def log(self) -> bytes:
         """The last output of an init that nobody asked for (B20)."""
-        data: bytes = await self._ask("container.log", "data")
-        return data
+        return (await self.read_log()).data
+
+    async def follow_log(self, start: int = 0) -> AsyncIterator[LogPiece]:
+        """That log from byte `start` of all that was written, and what comes, until the container has ended."""
+        piece = LogPiece()
+        while not piece.ended:
+            piece = await self.read_log(start, wait=True)
+            start += piece.dropped + len(piece.data)
+            if piece.data or piece.dropped:
+                yield piece
+
+    async def read_log(self, start: int = 0, *, wait: bool = False) -> LogPiece:
+        """What is kept of that log from byte `start` on; with `wait`, when there is any, or it has ended."""
+        timeout = None if wait else CALL_TIMEOUT
+        return LogPiece(
+            **await self._bridge.call(
+                "container.log", timeout=timeout, container=self._container, start=start, wait=wait
+            )
+        )
+
+    async def stats(self) -> ContainerStats:
+        """What it uses, and its limits."""
+        return ContainerStats.of(self.id, await self._ask("container.stats", "stats"))
+
+    async def processes(self) -> list[ProcessStats]:
+        """What runs in it."""
+        return [ProcessStats.of(found) for found in await self._ask("container.processes", "processes")]
 
     async def properties(self, *types: str) -> Mapping[str, Any]:
         found, _ = await self._properties(types)

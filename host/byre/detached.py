@@ -20,10 +20,14 @@ from byre_proto.errors import from_wire, printable
 from . import errors, peer, rundir
 from .bridge import Bridge
 from .errors import ByreError, ConnectionLost, DeadlineExceeded, MachineFailed, PermissionRefused, VMNotFound
+from .journal import Events, KeeperJournal
 from .owner import DiskPlace, Owner
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from .calls import Result
+    from .events import Event
     from .ports.registry import Ports
 
 #: Name of the VM that is meant when none is given.
@@ -244,6 +248,12 @@ class KeeperClient(Owner):
         from .ports.registry import KeeperPorts
 
         return KeeperPorts(bridge)
+
+    def events(self, bridge: Bridge) -> Events:
+        return KeeperJournal(bridge, lambda: self._reason)
+
+    def note(self, make: Callable[..., Event], **details: Any) -> None:
+        """Nothing: the keeper sees for itself."""
 
     async def release(self) -> None:
         """Nothing: the VM goes on, and so does what this client started in it."""

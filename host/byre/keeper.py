@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from byre_proto.errors import to_wire
 
-from . import rundir
+from . import events, rundir
 from .errors import ByreError, Cancelled, InvalidRequest
 from .relay import Handler, Relay
 
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from contextlib import AbstractAsyncContextManager
 
     from .bridge import Bridge
+    from .journal import Events
     from .owner import DiskPlace
     from .ports.address import Address
     from .ports.registry import PublishedPort
@@ -59,6 +60,8 @@ class Kept(Protocol):
 
     @property
     def bridge(self) -> Bridge: ...
+    @property
+    def journal(self) -> Events: ...
     async def info(self) -> dict[str, Any]: ...
     async def attach_disk(self, path: str) -> DiskPlace: ...
     async def detach_disk(self, disk: DiskPlace) -> None: ...
@@ -207,6 +210,7 @@ class Methods:
             "vm.attach_disk": self._attach_disk,
             "vm.detach_disk": self._detach_disk,
             "vm.console": self._console,
+            "vm.events": self._events,
             "vm.pause": self._pause,
             "vm.resume": self._resume,
             "vm.publish": self._publish,
@@ -234,6 +238,11 @@ class Methods:
 
     async def _console(self, arguments: Arguments) -> Arguments:
         return {"text": await self._kept.console(arguments["lines"])}
+
+    async def _events(self, arguments: Arguments) -> Arguments:
+        journal, after = self._kept.journal, arguments["after"]
+        found = await journal.after(after) if after >= 0 else []
+        return {"events": [events.to_wire(event) for event in found], "last": await journal.now()}
 
     async def _pause(self, _: Arguments) -> Arguments:
         await self._kept.pause()

@@ -10,19 +10,29 @@ from __future__ import annotations
 
 import abc
 import asyncio
+import os
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .errors import InvalidRequest, NotSupported
+from .events import DiskEvent
+from .journal import Journal
 
 if TYPE_CHECKING:
     from .bridge import Bridge
+    from .events import Event
+    from .journal import Events
     from .machines.base import Machine
     from .machines.disks import Disk
     from .ports.registry import Ports
 
 #: An emulator that is told to quit does so in milliseconds; after this, in seconds, it is killed.
 RELEASE_TIMEOUT = 5.0
+
+#: Between two events of disks that fail, in seconds: a guest can have its reads and writes fail without end.
+FAILURE_PAUSE = 1.0
 
 
 class DiskPlace(NamedTuple):
@@ -82,6 +92,14 @@ class Owner(abc.ABC):
         """The forwards that belong to the VM, and not to a caller."""
 
     @abc.abstractmethod
+    def events(self, bridge: Bridge) -> Events:
+        """What has happened in the VM, and goes on to happen."""
+
+    @abc.abstractmethod
+    def note(self, make: Callable[..., Event], **details: Any) -> None:
+        """This process has seen something happen: `make` is the event's class."""
+
+    @abc.abstractmethod
     async def release(self) -> None:
         """This program is done with the VM: it ends where it is ours, and goes on where it is a keeper's."""
 
@@ -102,6 +120,8 @@ class MachineOwner(Owner):
         self.id = machine.id
         self.machine = machine
         self._disks: dict[tuple[int, int], Disk] = {}
+        self._journal = Journal()
+        self._failed = -FAILURE_PAUSE
 
     @property
     def machine_pid(self) -> int:  # type: ignore[override]
@@ -113,6 +133,7 @@ class MachineOwner(Owner):
     async def attach_disk(self, path: Path) -> DiskPlace:
         disk = await self.machine.attach_disk(path, read_only=True)
         self._disks[disk.target, disk.lun] = disk
+        self.note(DiskEvent, action="attached", path=os.fspath(path))
         return DiskPlace(path, disk.target, disk.lun)
 
     async def detach_disk(self, place: DiskPlace) -> None:
@@ -120,6 +141,7 @@ class MachineOwner(Owner):
         if disk is None:
             raise InvalidRequest(f"the disk {place.path} is not attached")
         await self.machine.detach_disk(disk)
+        self.note(DiskEvent, action="detached", path=os.fspath(place.path))
 
     async def console(self, lines: int) -> str:
         return self.machine.console_tail(lines)
@@ -149,6 +171,20 @@ class MachineOwner(Owner):
         from .ports.registry import HeldPorts
 
         return HeldPorts(bridge)
+
+    def events(self, bridge: Bridge) -> Events:
+        self._journal.listen(bridge)
+        self.machine.on_disk_error = self._disk_failed
+        return self._journal
+
+    def _disk_failed(self, path: str, reason: str) -> None:
+        now = time.monotonic()
+        if now - self._failed >= FAILURE_PAUSE:
+            self._failed = now
+            self.note(DiskEvent, action="failed", path=path, reason=reason)
+
+    def note(self, make: Callable[..., Event], **details: Any) -> None:
+        self._journal.add(make, **details)
 
     async def release(self) -> None:
         await self.shutdown(RELEASE_TIMEOUT)

@@ -22,16 +22,18 @@ from . import clone, creation
 from .container import GuestContainer, InitStreams
 from .creation import ContainerOptions
 from .disks import Layers
-from .errors import ByreError, ConnectionLost, DeadlineExceeded, MachineFailed
+from .errors import ByreError, ConnectionLost, ContainerNotFound, DeadlineExceeded, MachineFailed
 from .health import Health
 from .machines.spawn import in_thread
 from .owner import MachineOwner
 from .process import GuestProcessHost
+from .stats import ContainerStats
 
 if TYPE_CHECKING:
     from byre_images import Image
 
     from .bridge import Bridge
+    from .journal import EventReader, Events
     from .machines.base import Machine
     from .machines.config import MachineConfig
     from .owner import DiskPlace, Owner
@@ -91,6 +93,7 @@ class UtilityVM(GuestProcessHost):
         self._ports: Ports
         self._ending: asyncio.Task[None] | None = None
         self.health: Health
+        self.journal: Events  # what `events` reads
 
     # -- life ----------------------------------------------------------------------------------------------
 
@@ -156,6 +159,7 @@ class UtilityVM(GuestProcessHost):
         self._owner, self._bridge = owner, bridge
         self._layers = Layers(owner, bridge)
         self._ports = owner.ports(bridge)
+        self.journal = owner.events(bridge)
         self.health = Health(owner, bridge)
         self.health.start()
 
@@ -237,6 +241,18 @@ class UtilityVM(GuestProcessHost):
         found: list[dict[str, Any]] = (await self.bridge.call("container.list"))["containers"]
         return found
 
+    async def stats(self) -> list[ContainerStats]:
+        """What each of its containers uses, and their limits."""
+        names = [found["id"] for found in await self.containers() if found["state"] != "creating"]
+
+        async def look(name: str) -> list[ContainerStats]:
+            with contextlib.suppress(ContainerNotFound):  # deleted meanwhile
+                answer = await self.bridge.call("container.stats", container=name)
+                return [ContainerStats.of(name, answer["stats"])]
+            return []
+
+        return [found for looked in await asyncio.gather(*map(look, names)) for found in looked]
+
     async def open_container(self, id: str) -> GuestContainer:
         """A container that exists, whoever made it.  Raises `ContainerNotFound` (B22)."""
         answer = await self.bridge.call("container.state", container=id)
@@ -290,6 +306,16 @@ class UtilityVM(GuestProcessHost):
         await self._owner.resume()
         await self.bridge.call("system.configure", realtime_ns=time.time_ns())
         await self.health.resume()
+
+    def events(self, *, after: int | None = None) -> EventReader:
+        """What happens in it, in order: ``async for event in vm.events()``; records of `byre.events`.
+
+        From now on, or, of what is kept, from the number `after` on (0: all of it).  Any number of readers; a slow
+        or late one is told by `Missed` how many it missed.  The last one is `VMEnded`.  For a detached VM these are
+        its keeper's; without that, `ConnectionLost`.
+        """
+        assert self.bridge, "it raises before the start"
+        return self.journal.read(after)
 
     async def console(self, lines: int = 40) -> str:
         """The last lines that the guest wrote to its console, escaped; also while all else hangs (B49)."""

@@ -21,7 +21,7 @@ from byre.machines.disks import Disk, DiskTable
 
 if TYPE_CHECKING:
     import socket
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
 __all__ = ["Disk", "Identity", "Machine", "MachineConfig", "MachineExit"]
@@ -69,6 +69,8 @@ class Machine(abc.ABC):
         self.id = secrets.token_hex(6)
         #: What was chosen, and why; in `UtilityVM.info`.
         self.explanation: dict[str, str] = {}
+        #: Called with a disk's path and QEMU's words when reading or writing it failed here, on the host.
+        self.on_disk_error: Callable[[str, str], object] = lambda path, reason: None
         self._console = ConsoleRing()
         self._exit: MachineExit | None = None
         self._ended = asyncio.Event()

@@ -86,6 +86,11 @@ class DiskTable:
         finally:
             self._let_go(place)
 
+    def path_of(self, serial: str) -> str:
+        """Of the disk with this serial; "" where there is none."""
+        disks = (place.disk for place in self._places.values())
+        return next((str(disk.path) for disk in disks if disk.serial == serial), "")
+
     def end(self) -> None:
         """The machine is gone, and needs no file any more."""
         for lease in (*self._lost, *(place.lease for place in self._places.values())):

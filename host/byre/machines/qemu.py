@@ -262,7 +262,10 @@ class QemuMachine(Machine):
         elif name == "DEVICE_DELETED":
             self._bus.on_deleted(str(data.get("device")))
         elif name == "BLOCK_IO_ERROR":
-            logger.warning("! vm %s: a disk failed to %s", self.id, printable(str(data.get("operation"))))
+            reason = printable(f"it failed to {data.get('operation')}: {data.get('reason')}")
+            path = self._disks.path_of(str(data.get("node-name")))
+            logger.warning("! vm %s: disk %s: %s", self.id, path, reason)
+            self.on_disk_error(path, reason)
 
     async def _reap(self) -> None:
         assert self._process is not None
