@@ -161,7 +161,11 @@ METHODS: dict[str, tuple[dict[str, tuple[Any, ...]], dict[str, tuple[Any, ...]]]
         },
         {},
     ),
-    "container.unmount": ({"container": ("str",), "destination": ("str",)}, {}),
+    # The result is what it had been mounted with.
+    "container.unmount": (
+        {"container": ("str",), "destination": ("str",)},
+        {"source": ("str", ""), "layer": ("str", ""), "size_bytes": ("int", 0), "read_only": ("bool", True)},
+    ),
 }
 
 #: Served by the keeper of a detached VM, which passes every other method on to the agent.

@@ -54,6 +54,7 @@ class Mounts:
     def __init__(self, container: Container) -> None:
         self._container = container
         self._ids: dict[str, int] = {}  # by destination; 0 while one comes or goes
+        self._wanted: dict[str, dict[str, Any]] = {}  # what they were made with
 
     def add(self, call: Call, arguments: dict[str, Any]) -> None:
         """`container.mount`."""
@@ -74,6 +75,7 @@ class Mounts:
                 call.fail(error or ByreError("the helper did not say which mount it made"))
                 return
             self._ids[destination] = mount
+            self._wanted[destination] = {k: arguments[k] for k in ("source", "layer", "size_bytes", "read_only")}
             if call.answered:  # too late: nobody knows of it
                 self._remove(destination, lambda _error: None)
             call.reply({})
@@ -91,7 +93,8 @@ class Mounts:
         destination = _checked(arguments["destination"])
         if not self._ids.get(destination):
             raise PathNotFound(f"nothing is mounted at {destination} that could be removed", path=destination)
-        self._remove(destination, lambda error: call.reply({}) if error is None else call.fail(error))
+        wanted = self._wanted[destination]
+        self._remove(destination, lambda error: call.reply(wanted) if error is None else call.fail(error))
 
     def _remove(self, destination: str, done: Done) -> None:
         mount, self._ids[destination] = self._ids[destination], 0
@@ -117,6 +120,7 @@ class Mounts:
     def _forget(self, destination: str) -> None:
         self._container.owner.disks.release(self._user(destination))
         self._ids.pop(destination, None)
+        self._wanted.pop(destination, None)
 
     def _user(self, destination: str) -> str:
         """What holds a layer; no container can be called this."""

@@ -18,7 +18,16 @@ if TYPE_CHECKING:
     from .file_operation import FileStatus
     from .files import Files
     from .local import LocalHost
-    from .parameters import ProcessParameters, Resources, UpdateResources
+    from .parameters import (
+        AddDisk,
+        AddMount,
+        AddPort,
+        ProcessParameters,
+        RemoveMount,
+        RemovePort,
+        Resources,
+        UpdateResources,
+    )
     from .pool import Pool, PoolStats
     from .ports.address import Address
     from .ports.connection import Connection
@@ -58,6 +67,11 @@ _MODULES = {
     "SerialHost": "serialhost",
     "SocketHost": "sockethost",
     "Stdio": "cow",
+    "AddDisk": "parameters",
+    "AddMount": "parameters",
+    "AddPort": "parameters",
+    "RemoveMount": "parameters",
+    "RemovePort": "parameters",
     "UpdateResources": "parameters",
     "UtilityVM": "vm",
 }
@@ -68,6 +82,9 @@ __all__ = [
     "DEVNULL",
     "PIPE",
     "STDOUT",
+    "AddDisk",
+    "AddMount",
+    "AddPort",
     "Address",
     "ByreError",
     "CompletedProcess",
@@ -88,6 +105,8 @@ __all__ = [
     "ProcessHost",
     "ProcessParameters",
     "PublishedPort",
+    "RemoveMount",
+    "RemovePort",
     "Resources",
     "SerialHost",
     "SocketHost",

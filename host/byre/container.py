@@ -9,11 +9,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
-from . import properties
+from . import changes, properties
 from .calls import CALL_TIMEOUT
 from .cow import Container, ExitStatus
 from .errors import (
@@ -22,9 +22,8 @@ from .errors import (
     ContainerClosed,
     ContainerNotFound,
     ContainerNotReady,
-    NotSupported,
 )
-from .parameters import ModifyRequest, ProcessConfig, UpdateResources
+from .parameters import ModifyRequest, Plan, ProcessConfig
 from .process import GuestProcess, GuestProcessHost
 from .stats import ContainerStats, ProcessStats
 
@@ -74,6 +73,7 @@ class GuestContainer(GuestProcessHost, Container):
         self._outcome: ExitStatus | ConnectionLost | ContainerClosed | None = None
         self._deleted = False
         self._released = released
+        self.changes = changes.Changes(bridge, container)
         self._watch: asyncio.Task[None] | None = None
         bridge.subscribe("container.exit", container, self._on_exit)
 
@@ -181,6 +181,7 @@ class GuestContainer(GuestProcessHost, Container):
         await self._if_there("container.delete")
         if self._released is not None:
             await self._released()
+        await self.changes.forget()
 
     async def _if_there(self, method: str) -> None:
         """What is harmless when the container, or its VM, is already gone (B23, B51)."""
@@ -271,12 +272,13 @@ class GuestContainer(GuestProcessHost, Container):
     async def _ask(self, method: str, field: str) -> Any:
         return (await self._bridge.call(method, container=self._container))[field]
 
-    async def modify(self, config: ModifyRequest) -> None:
-        if not isinstance(config, UpdateResources):
-            raise NotSupported(f"a container cannot be modified by a {type(config).__name__}")
-        limits = dataclasses.asdict(config.resources)
-        wanted = {name: value for name, value in limits.items() if value is not None}
-        await self._bridge.call("container.update", container=self._container, resources=wanted)
+    async def modify(self, config: ModifyRequest | Sequence[ModifyRequest], *, dry_run: bool = False) -> Plan:
+        wanted = list(config) if isinstance(config, Sequence) else [config]
+        plan = changes.plan(wanted, str((await self.state()).get("state", "")))
+        if not dry_run:
+            changes.check(plan)
+            await self.changes.carry_out(wanted)
+        return plan
 
     def __repr__(self) -> str:
         return f"<GuestContainer {self.id!r} {'running' if self._outcome is None else repr(self._outcome)}>"

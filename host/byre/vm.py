@@ -234,7 +234,9 @@ class UtilityVM(GuestProcessHost):
         Raises `ImageNotFound`, `ImageInvalid`, `RegistryFailed`, `ContainerExists`, `UserNotFound`, ...; after an
         error or a cancellation the id can be used again, and nothing is attached or mounted (B22).
         """
-        return await creation.create(self.bridge, self._layers, id, image, ContainerOptions(**options))
+        container = await creation.create(self.bridge, self._layers, id, image, ContainerOptions(**options))
+        container.changes.lend(self._layers, self._ports)
+        return container
 
     async def containers(self) -> list[dict[str, Any]]:
         """What the agent knows of each container of this VM."""
@@ -258,6 +260,7 @@ class UtilityVM(GuestProcessHost):
         answer = await self.bridge.call("container.state", container=id)
         terminal = bool(answer["state"].get("terminal", False))
         container = GuestContainer(self.bridge, id, InitStreams(terminal=terminal))
+        container.changes.lend(self._layers, self._ports)
         container.watch()
         return container
 

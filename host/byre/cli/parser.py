@@ -305,7 +305,7 @@ def _watching(add: Callable[[str, str, str], Parser]) -> None:
         "--no-follow", action="store_true", help="only what has happened; all that is kept, or --since"
     )
     parser.add_argument("--format", choices=("text", "json"), default="text", help="json: an object a line (text)")
-    parser = add("stats", "watch:stats", "Show what containers use: a live table on a terminal, lines elsewhere.")
+    parser = add("stats", "watch:stats", "Show what containers use: a live table on a terminal, a line each else.")
     _in(parser)
     parser.add_argument("--no-stream", action="store_true", help="once, and end")
     parser.add_argument(

@@ -73,14 +73,14 @@ def stats(arguments: argparse.Namespace) -> int:
 
 
 async def _stats(arguments: argparse.Namespace) -> int:
-    """Lines once; a table again and again; without a terminal, lines again and again."""
+    """A table again and again; without a terminal, or with --no-stream, lines once."""
     async with await UtilityVM.attach(arguments.vm_name) as vm:
         before = await _look(vm, arguments.containers)
         await asyncio.sleep(FIRST_INTERVAL)
         while True:
             now = await _look(vm, arguments.containers)
             _show(arguments, before, now)
-            if arguments.no_stream:
+            if arguments.no_stream or not sys.stdout.isatty():
                 return 0
             before = now
             await asyncio.sleep(INTERVAL)
