@@ -67,6 +67,7 @@ METHODS: dict[str, tuple[dict[str, tuple[Any, ...]], dict[str, tuple[Any, ...]]]
     # The machine is about to be saved: once this host has gone, the agent says so on the console and does nothing
     # until another one comes, for whatever it did every clone would do.
     "system.quiesce": ({}, {}),
+    "system.balloon": ({}, {}),  # its driver is loaded, where the machine has one
     "system.info": ({}, {"info": ("{any}",)}),
     "system.stacks": ({}, {"text": ("str",)}),
     "process.create": (
@@ -183,6 +184,11 @@ METHODS.update(
         # number of the last one that has happened.
         "vm.events": ({"after": ("int", -1)}, {"events": ("[any]",), "last": ("int",)}),
         "vm.pause": ({}, {}),
+        # What the guest has then, and what the emulator held of its host's memory, in bytes.
+        "vm.reclaim": (
+            {"memory_mib": ("int",)},
+            {"memory": ("int",), "resident_before": ("int",), "resident_after": ("int",)},
+        ),
         "vm.resume": ({}, {}),
         "vm.shutdown": ({"patience_ms": ("int?", None)}, {}),  # then by force
         # The processes that this client creates are killed, with their trees, when its connection ends.

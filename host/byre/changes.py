@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import os
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -63,7 +62,7 @@ def check(steps: Plan) -> None:
     for number, step in enumerate(steps, 1):
         if step.how != "live":
             raise NotSupported(
-                f"change {number} of {len(steps)} ({type(step.change).__name__}): {step.reason}; nothing is changed",
+                f"change {number} of {len(steps)} ({type(step.change).__name__}): {step.reason}; nothing changed",
                 hint="modify(..., dry_run=True) gives the whole plan",
                 plan=[[type(each.change).__name__, each.how, each.reason] for each in steps],
             )
@@ -132,7 +131,7 @@ class Changes:
         return await self._mount(**dataclasses.asdict(change))
 
     async def _add_disk(self, change: AddDisk) -> Undo:
-        layers, path = self._layers, Path(os.path.abspath(change.path))
+        layers, path = self._layers, _local(change.path)
         if layers is None:
             raise NotSupported("a disk is added by way of a UtilityVM", hint="await vm.open_container(ID)")
         (layer,) = await layers.acquire([path])
@@ -197,6 +196,11 @@ class Changes:
         AddPort: _add_port,
         RemovePort: _remove_port,
     }
+
+
+def _local(path: str) -> Path:
+    """A path of this host that means the same to a keeper."""
+    return Path(path).absolute()
 
 
 async def _take_back(undo: list[Undo]) -> list[str]:

@@ -21,6 +21,7 @@ from . import errors, peer, rundir
 from .bridge import Bridge
 from .errors import ByreError, ConnectionLost, DeadlineExceeded, MachineFailed, PermissionRefused, VMNotFound
 from .journal import Events, KeeperJournal
+from .machines.balloon import Reclaimed
 from .owner import DiskPlace, Owner
 
 if TYPE_CHECKING:
@@ -226,6 +227,10 @@ class KeeperClient(Owner):
 
     async def resume(self) -> None:
         await self._bridge.call("vm.resume")
+
+    async def reclaim(self, memory_mib: int) -> Reclaimed:
+        found = await self._bridge.call("vm.reclaim", memory_mib=memory_mib)
+        return Reclaimed(found["memory"], found["resident_before"], found["resident_after"])
 
     async def shutdown(self, timeout: float) -> None:
         """End the VM, for all its clients."""

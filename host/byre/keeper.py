@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
     from .bridge import Bridge
     from .journal import Events
+    from .machines.balloon import Reclaimed
     from .owner import DiskPlace
     from .ports.address import Address
     from .ports.registry import PublishedPort
@@ -68,6 +69,7 @@ class Kept(Protocol):
     async def console(self, lines: int) -> str: ...
     async def pause(self) -> None: ...
     async def resume(self) -> None: ...
+    async def reclaim(self, memory_mib: int) -> Reclaimed: ...
     async def publish(self, host: str, guest: str, *, container: str) -> Address: ...
     async def unpublish(self, host: str) -> None: ...
     async def published(self) -> list[PublishedPort]: ...
@@ -213,6 +215,7 @@ class Methods:
             "vm.events": self._events,
             "vm.pause": self._pause,
             "vm.resume": self._resume,
+            "vm.reclaim": self._reclaim,
             "vm.publish": self._publish,
             "vm.unpublish": self._unpublish,
             "vm.ports": self._ports,
@@ -251,6 +254,9 @@ class Methods:
     async def _resume(self, _: Arguments) -> Arguments:
         await self._kept.resume()
         return {}
+
+    async def _reclaim(self, arguments: Arguments) -> Arguments:
+        return (await self._kept.reclaim(arguments["memory_mib"]))._asdict()
 
     async def _publish(self, arguments: Arguments) -> Arguments:
         return {"host": str(await self._kept.publish(**arguments))}

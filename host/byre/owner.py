@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .bridge import Bridge
     from .events import Event
     from .journal import Events
+    from .machines.balloon import Reclaimed
     from .machines.base import Machine
     from .machines.disks import Disk
     from .ports.registry import Ports
@@ -70,6 +71,10 @@ class Owner(abc.ABC):
     @abc.abstractmethod
     async def resume(self) -> None:
         """Let them run again."""
+
+    @abc.abstractmethod
+    async def reclaim(self, memory_mib: int) -> Reclaimed:
+        """Leave the guest this much memory.  Raises `NotSupported` for a clone."""
 
     @abc.abstractmethod
     async def shutdown(self, timeout: float) -> None:
@@ -154,6 +159,9 @@ class MachineOwner(Owner):
 
     async def resume(self) -> None:
         await self.machine.resume()
+
+    async def reclaim(self, memory_mib: int) -> Reclaimed:
+        return await self.machine.reclaim(memory_mib)
 
     async def shutdown(self, timeout: float) -> None:
         await asyncio.shield(self.machine.shutdown(timeout))

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
     from .bridge import Bridge
     from .journal import EventReader, Events
+    from .machines.balloon import Reclaimed
     from .machines.base import Machine
     from .machines.config import MachineConfig
     from .owner import DiskPlace, Owner
@@ -298,6 +299,13 @@ class UtilityVM(GuestProcessHost):
     async def detach_disk(self, disk: DiskPlace) -> None:
         """Undo one `attach_disk`; the last one removes it (B60).  Raises `DiskInUse` (B61)."""
         await self._owner.detach_disk(disk)
+
+    async def reclaim(self, memory_mib: int) -> Reclaimed:
+        """Have the guest give memory back to this host, until `memory_mib` are left to it, or let it have that much
+        again; what came of it, in bytes.  Raises `NotSupported` for a clone, `InvalidRequest` beyond its size.
+        """
+        await self.bridge.call("system.balloon")
+        return await self._owner.reclaim(memory_mib)
 
     async def pause(self) -> None:
         """Stop its CPUs.  Calls wait meanwhile, and their deadlines go on."""

@@ -6,9 +6,11 @@ import asyncio
 from typing import Any
 
 import pytest
+from prometheus_client import CollectorRegistry
 
 from byre import Resources, events
 from byre.journal import EventReader
+from byre.metrics import ContainerCollector
 
 from .test_container import make
 from .test_process import SOON
@@ -142,3 +144,20 @@ async def test_disks_and_pauses_are_told(vm: Any, busybox: str, tmp_path: Any) -
                     break
     assert [each.get("action") or each.get("state") for each in found] == ["attached", "detached", "paused", "ok"]
     assert found[0]["path"] == str(image)
+
+
+@pytest.mark.behaviour("B27")
+async def test_prometheus_reads_what_containers_use(vm: Any, busybox: str) -> None:
+    registry = CollectorRegistry()
+    collector = ContainerCollector(vm)
+    registry.register(collector)
+    async with await make(vm, busybox, id="measured", resources=Resources(pids=12)) as container:
+        await container.start()
+        await collector.refresh()
+        labels = {"vm": vm.name or vm.id, "container": "measured"}
+        assert registry.get_sample_value("byre_container_pids", labels) == 1
+        assert registry.get_sample_value("byre_container_pids_limit", labels) == 12
+        assert registry.get_sample_value("byre_container_memory_limit", labels) is None
+        assert (registry.get_sample_value("byre_container_cpu_seconds_total", labels) or 0) > 0
+    await collector.refresh()
+    assert registry.get_sample_value("byre_container_pids", labels) is None
