@@ -926,7 +926,7 @@ MUTATIONS = (
         "vm",
     ),
     Mutation(
-        "B61",
+        "B60",
         "a live mount does not hold its disk",
         "guest/byre_guest/mounts.py",
         "disks.use([layer], self._user(destination))[0]",
