@@ -12,6 +12,8 @@ PROCESS = "tests/conformance/test_process.py"
 CONTAINER = "tests/conformance/test_container.py"
 FILES = "tests/conformance/test_files.py"
 PORTS = "tests/conformance/test_ports.py"
+WATCHES = "tests/unit/test_guest_watches.py"
+CHANGES = "tests/conformance/test_changes.py"
 VM_PORTS = "tests/vm/test_ports.py"
 UNIT_PORTS = "tests/unit/test_ports.py"
 VM = "tests/vm/test_vm.py"
@@ -941,6 +943,32 @@ MUTATIONS = (
         "        return rootfs.open_root_of(pid, pidfd)\n",
         '        return rootfs.open_root("/")\n',
         (f"{VM_PORTS}::test_no_link_leads_a_path_out_of_its_container",),
+        "vm",
+    ),
+    Mutation(
+        "B29",
+        "what a container told at its end is not counted whole",
+        "guest/byre_guest/watches.py",
+        "            self._pause.cancel()\n        self._look()\n",
+        "            self._pause.cancel()\n",
+        (f"{WATCHES}::test_a_count_is_told_at_once_then_seldom_and_at_the_end_whole",),
+    ),
+    Mutation(
+        "B28",
+        "a step of a modify that failed is not taken back",
+        "host/byre/changes.py",
+        "    for step in reversed(undo):\n",
+        "    for step in ():\n",
+        (f"{CHANGES}::test_when_the_last_step_fails_nothing_has_changed",),
+        "vm",
+    ),
+    Mutation(
+        "B60",
+        "a live mount does not hold its disk",
+        "guest/byre_guest/mounts.py",
+        "disks.use([layer], self._user(destination))[0]",
+        "disks._by_name[layer].path",
+        (f"{CHANGES}::test_a_disk_is_added_and_removed_and_one_in_use_stays",),
         "vm",
     ),
 )

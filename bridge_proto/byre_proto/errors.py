@@ -184,6 +184,12 @@ class VolumeNotFound(ByreError, FileNotFoundError):
     code = "volume-not-found"
 
 
+class MountInUse(ByreError):
+    """A mount cannot be removed: a process in the container has something of it open (B61)."""
+
+    code = "mount-in-use"
+
+
 class StorageFailed(ByreError, OSError):
     """A mount, a disk or a layer in the guest failed."""
 

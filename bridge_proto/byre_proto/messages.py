@@ -67,6 +67,7 @@ METHODS: dict[str, tuple[dict[str, tuple[Any, ...]], dict[str, tuple[Any, ...]]]
     # The machine is about to be saved: once this host has gone, the agent says so on the console and does nothing
     # until another one comes, for whatever it did every clone would do.
     "system.quiesce": ({}, {}),
+    "system.balloon": ({}, {}),  # its driver is loaded, where the machine has one
     "system.info": ({}, {"info": ("{any}",)}),
     "system.stacks": ({}, {"text": ("str",)}),
     "process.create": (
@@ -170,7 +171,30 @@ METHODS: dict[str, tuple[dict[str, tuple[Any, ...]], dict[str, tuple[Any, ...]]]
     # With `force` its containers are killed and deleted; without it they have to have ended.
     "pod.delete": ({"pod": ("str",), "force": ("bool", False)}, {}),
     "pod.list": ({}, {"pods": ("[any]",)}),
-    "container.log": ({"container": ("str",)}, {"data": ("bytes",), "dropped": ("int",)}),
+    # From byte `start` of all that it has written: what is kept, after `dropped` bytes that are gone.  With `wait`
+    # the answer comes when there is more than that, or has `ended`.
+    "container.log": (
+        {"container": ("str",), "start": ("int", 0), "wait": ("bool", False)},
+        {"data": ("bytes",), "dropped": ("int",), "ended": ("bool", False)},
+    ),
+    # A live mount in its mount namespace: of `source` in the VM, or of the mounted disk `layer`, or a tmpfs of
+    # `size_bytes`.  A path is resolved with the container's root for its "/"; what is missing of it is made.
+    "container.mount": (
+        {
+            "container": ("str",),
+            "destination": ("str",),
+            "source": ("str", ""),
+            "layer": ("str", ""),
+            "size_bytes": ("int", 0),
+            "read_only": ("bool", True),
+        },
+        {},
+    ),
+    # The result is what it had been mounted with.
+    "container.unmount": (
+        {"container": ("str",), "destination": ("str",)},
+        {"source": ("str", ""), "layer": ("str", ""), "size_bytes": ("int", 0), "read_only": ("bool", True)},
+    ),
 }
 
 #: Served by the keeper of a detached VM, which passes every other method on to the agent.
@@ -196,7 +220,15 @@ METHODS.update(
             {"share": ("str",), "path": ("str",)},
         ),
         "vm.console": ({"lines": ("int", 40)}, {"text": ("str",)}),
+        # Its events after the number `after`, when there are any; at once, without any, for -1.  `last` is the
+        # number of the last one that has happened.
+        "vm.events": ({"after": ("int", -1)}, {"events": ("[any]",), "last": ("int",)}),
         "vm.pause": ({}, {}),
+        # What the guest has then, and what the emulator held of its host's memory, in bytes.
+        "vm.reclaim": (
+            {"memory_mib": ("int",)},
+            {"memory": ("int",), "resident_before": ("int",), "resident_after": ("int",)},
+        ),
         "vm.resume": ({}, {}),
         "vm.shutdown": ({"patience_ms": ("int?", None)}, {}),  # then by force
         # The processes that this client creates are killed, with their trees, when its connection ends.
@@ -209,9 +241,14 @@ METHODS.update(
 #: Event -> fields.
 EVENTS: dict[str, dict[str, tuple[Any, ...]]] = {
     "process.exit": {"process": ("int",), **_EXIT, "stdout": ("int", -1), "stderr": ("int", -1)},
+    "container.created": {"container": ("str",)},
+    "container.started": {"container": ("str",), "pid": ("int",)},
+    "container.killed": {"container": ("str",), "signal": ("int",)},  # it was asked to end, by this signal
     "container.exit": {"container": ("str",), **_EXIT},
-    "container.oom": {"container": ("str",)},
     "container.deleted": {"container": ("str",), "lease": ("str", "")},
+    # Since the last such event so many processes were killed for want of memory; so many forks were refused.
+    "container.oom": {"container": ("str",), "kills": ("int", 1)},
+    "container.pids": {"container": ("str",), "refused": ("int", 1)},
     "vm.exit": {"reason": ("str",)},
 }
 

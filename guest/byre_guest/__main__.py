@@ -77,6 +77,7 @@ class Agent:
             {
                 "system.configure": system.configure,
                 "system.quiesce": self._quiesce,
+                "system.balloon": system.balloon,
                 "system.info": system.info,
                 "system.stacks": system.stacks,
                 "process.create": processes.create,

@@ -96,6 +96,11 @@ def oom_kills(cgroup: str) -> int:
     return table(read(f"{cgroup}/memory.events")).get("oom_kill", 0)
 
 
+def refused_forks(cgroup: str) -> int:
+    """Forks that failed because the cgroup had as many processes as it may (B31)."""
+    return table(read(f"{cgroup}/pids.events")).get("max", 0)
+
+
 def leaves(cgroup: str) -> list[str]:
     """The cgroup and all below it, deepest first.  What a container has made itself is among them."""
     return [directory for directory, _, _ in os.walk(cgroup, topdown=False)]

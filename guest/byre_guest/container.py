@@ -24,7 +24,7 @@ from byre_proto.errors import ByreError, ContainerNotReady, RuntimeFailed, Start
 from . import bundle, cgroups, children, runtime
 from .inits import UNASKED, Init
 from .ring import Ring
-from .watches import Watches
+from .watches import Count, Watches
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from .containers import Containers
     from .execs import Exec
     from .files import ContainerFiles
+    from .mounts import Mounts
     from .pods import Pod
     from .processes import Process
     from .server import Call
@@ -77,6 +78,7 @@ class Container:
         self.log = Ring(owner.loop)
         self.execs: set[Exec] = set()  # on their way, or running
         self._files: ContainerFiles | None = None  # operations on them
+        self._mounts: Mounts | None = None
         self._waiters: list[Call] = []
         self._deletions: list[Done] = []
         self._give_up: Callable[[ByreError], object] = lambda _error: None  # its making
@@ -86,8 +88,13 @@ class Container:
         self._created_ns = time_ns()
         self._started_ns = 0
         self._kill_wanted = False
+        self._releasing = False  # the runtime is about to let init go
         self._oom_kills = 0  # that were laid to a process's account
-        self._oom_told = 0  # that the host was told of
+        oom, pids = cgroups.oom_kills, cgroups.refused_forks
+        self._counts = (
+            Count(owner.loop, lambda: oom(self.cgroup), lambda risen: self._emit("oom", kills=risen)),
+            Count(owner.loop, lambda: pids(self.cgroup), lambda risen: self._emit("pids", refused=risen)),
+        )
 
     def describe(self) -> dict[str, Any]:
         """As `container.state` and `container.list` show it."""
@@ -136,8 +143,10 @@ class Container:
     def _created(self, process: dict[str, Any]) -> None:
         self.process = process
         self._watches.add("cgroup.events", self._check_gone)
-        self._watches.add("memory.events", self._check_oom)
+        for name, count in zip(("memory.events", "pids.events"), self._counts):
+            self._watches.add(name, count.changed)
         self.state = "created"
+        self._emit("created")
 
     # -- init and start ------------------------------------------------------------------------------------
 
@@ -179,32 +188,44 @@ class Container:
 
     def _start(self, call: Call) -> None:
         self.state = "starting"
+        self._releasing = True
         crun = runtime.Call(self.owner.loop, self.owner.reaper, self.id, self.owner.processes.reserve())
 
         def started(error: ByreError | None) -> None:
             crun.close()
+            self._releasing = False
             if error is not None:
                 cgroups.kill(self.cgroup)
                 call.fail(error)
-                return
-            self._started_ns = time_ns()
-            if self.state == "starting":  # init may have ended by now
-                self.state = "running"
-            call.reply({"pid": self.init.pid if self.init else 0})
+            else:
+                self._started_ns = time_ns()
+                pid = self.init.pid if self.init else 0
+                self._emit("started", pid=pid)
+                call.reply({"pid": pid})
+                if self.state == "starting":
+                    self.state = "running"
+            self._check_gone()  # init may have ended by now
 
-        crun.run(["start"], started)
+        try:
+            crun.run(["start"], started)
+        except StartFailed:
+            self._releasing = False
+            raise
 
     # -- the end -------------------------------------------------------------------------------------------
 
     def shutdown(self) -> None:
         """Send the stop signal; what never started is ended as by `terminate` (B23)."""
         if self.state in ("starting", "running") and self.init is not None:
+            self._emit("killed", signal=self._stop_signal)
             self.owner.reaper.signal(self.init.pid, self._stop_signal)
         else:
             self.terminate()
 
     def terminate(self) -> None:
         """Kill everything in it (B23).  Harmless when repeated or too late."""
+        if not self._kill_wanted and self.state not in ("stopping", "stopped", "deleting"):
+            self._emit("killed", signal=KILLED["signal"])
         self._kill_wanted = True
         if self.state in ("created", "failed"):
             self._finish(KILLED)
@@ -233,13 +254,11 @@ class Container:
         killed = process.exit is not None and process.exit["code"] == KILLED["code"]
         return killed and self._oom_kills > seen and not self._kill_wanted
 
-    def _check_oom(self) -> None:
-        told, self._oom_told = self._oom_told, cgroups.oom_kills(self.cgroup)
-        if self._oom_told > told:
-            self.owner.emit("container.oom", {"container": self.id})
+    def _emit(self, event: str, **fields: Any) -> None:
+        self.owner.emit(f"container.{event}", {"container": self.id, **fields})
 
     def _check_gone(self) -> None:
-        if self.state != "stopping" or self.execs:
+        if self.state != "stopping" or self.execs or self._releasing:
             return
         if cgroups.populated(self.cgroup):
             cgroups.kill(self.cgroup)  # an exec may just have come in
@@ -261,7 +280,9 @@ class Container:
         self._watches.close()
         self.log.finish()
         self.owner.ended(self)
-        self.owner.emit("container.exit", {"container": self.id, **self.exit})
+        for count in self._counts:
+            count.close()
+        self._emit("exit", **self.exit)
         waiters, self._waiters = self._waiters, []
         for call in waiters:
             call.reply(self.exit)
@@ -303,6 +324,15 @@ class Container:
             self._files = ContainerFiles(self.owner.loop, self.owner.processes, f"{bundle.path_of(self.id)}/rootfs")
         self._files.start(call, arguments, self.init)
 
+    @property
+    def mounts(self) -> Mounts:
+        """Those that come and go while it runs."""
+        if self._mounts is None:
+            from .mounts import Mounts
+
+            self._mounts = Mounts(self)
+        return self._mounts
+
     def _dispose(self) -> None:
         self.state = "deleting"
         if self._files is None:
@@ -332,6 +362,8 @@ class Container:
 
         def removed(_result: object, error: ByreError | None) -> None:
             self.log.close()
+            if self._mounts is not None:
+                self._mounts.ended()
             self.owner.forget(self)
             done(error)
 
@@ -352,6 +384,8 @@ class Container:
             self.owner.loop.call_later(AGAIN_SECONDS, lambda: self._take_away(step))
 
     def _deleted(self, error: ByreError | None) -> None:
+        if error is None:
+            self._emit("deleted", lease=self.lease)
         for done in self._deletions:
             done(error)
 

@@ -132,6 +132,8 @@ class Containers:
             "container.update": self._update,
             "container.log": self._log,
             **self.pods.handlers(),
+            "container.mount": lambda call, arguments: self._find(arguments).mounts.add(call, arguments),
+            "container.unmount": lambda call, arguments: self._find(arguments).mounts.remove(call, arguments),
             CREATE_PROCESS: self._create_process,
             START_FILES: lambda call, arguments: self._find(arguments).start_files(call, arguments),
             SOCKET: self._socket,
@@ -144,7 +146,6 @@ class Containers:
         self.shares.release(container.id)
         if container.pod is not None:
             container.pod.forget(container)
-        self.emit("container.deleted", {"container": container.id, "lease": container.lease})
 
     def _find(self, arguments: dict[str, Any]) -> Container:
         name = arguments["container"]
@@ -252,8 +253,21 @@ class Containers:
         children.run(self.loop, self.reaper, function, STORAGE_TIMEOUT, done)
 
     def _log(self, call: Call, arguments: dict[str, Any]) -> None:
-        ring = self._find(arguments).log
-        call.reply({"data": ring.data, "dropped": ring.dropped})
+        ring, start = self._find(arguments).log, arguments["start"]
+
+        def answer() -> None:
+            data, dropped = ring.read(start)
+            call.reply({"data": data, "dropped": dropped, "ended": ring.ended})
+
+        def give_up(error: ByreError) -> None:
+            ring.wait_no_more(answer)
+            call.fail(error)
+
+        if arguments["wait"] and start >= ring.total and not ring.ended:
+            ring.wait(answer)
+            call.on_cancel = give_up
+        else:
+            answer()
 
     def _socket(self, call: Call, arguments: dict[str, Any]) -> None:
         """Its network is there from the making of its first process to that one's end."""

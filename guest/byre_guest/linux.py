@@ -82,6 +82,19 @@ _SYS_FINIT_MODULE = 313 if os.uname().machine == "x86_64" else 273
 _SYS_PIVOT_ROOT = 155 if os.uname().machine == "x86_64" else 41
 _SYS_CLOSE_RANGE = 436
 _SYS_OPENAT2 = 437
+_SYS_OPEN_TREE, _SYS_MOVE_MOUNT, _SYS_FSOPEN, _SYS_FSCONFIG, _SYS_FSMOUNT = range(428, 433)
+_SYS_MOUNT_SETATTR = 442
+
+# open_tree(2), move_mount(2), fsconfig(2), fsmount(2), mount_setattr(2) (`linux/mount.h`)
+_OPEN_TREE_CLONE = 1
+_AT_EMPTY_PATH = 0x1000
+_MOVE_MOUNT_EMPTY_PATHS = 0x04 | 0x40
+_FS_CLOEXEC = 1
+_FSCONFIG_SET_STRING = 1
+_FSCONFIG_CMD_CREATE = 6
+MOUNT_ATTR_RDONLY = 1
+MOUNT_ATTR_NOSUID = 2
+MOUNT_ATTR_NODEV = 4
 _CAP_VERSION_3 = 0x20080522
 
 #: Names of capabilities(7) in the order of their numbers (`linux/capability.h`).
@@ -160,6 +173,46 @@ def mount(source: str, target: str, filesystem: str, flags: int = 0, data: str =
     encode = os.fsencode
     if _libc().mount(encode(source), encode(target), encode(filesystem), flags, encode(data)) < 0:
         _raise(source, None, target)
+
+
+def open_tree(path: str) -> int:
+    """open_tree(2): a detached copy of the mount at `path`, without what is mounted below it."""
+    fd = _syscall(_SYS_OPEN_TREE, AT_FDCWD, os.fsencode(path), _OPEN_TREE_CLONE | os.O_CLOEXEC)
+    if fd < 0:
+        _raise(path)
+    return fd
+
+
+def mount_setattr(fd: int, attributes: int) -> None:
+    """mount_setattr(2): give a detached mount MOUNT_ATTR_*; nothing that is mounted in it is seen elsewhere."""
+    wanted = struct.pack("=QQQQ", attributes, 0, MS_PRIVATE, 0)
+    if _syscall(_SYS_MOUNT_SETATTR, fd, b"", _AT_EMPTY_PATH, wanted, len(wanted)) < 0:
+        _raise()
+
+
+def detached_mount(filesystem: str, options: dict[str, str], attributes: int) -> int:
+    """fsopen(2) to fsmount(2): a new file system of this kind, mounted nowhere yet."""
+    context = _syscall(_SYS_FSOPEN, filesystem.encode(), _FS_CLOEXEC)
+    if context < 0:
+        _raise(filesystem)
+    try:
+        for key, value in options.items():
+            if _syscall(_SYS_FSCONFIG, context, _FSCONFIG_SET_STRING, key.encode(), value.encode(), 0) < 0:
+                _raise(f"{filesystem}: {key}={value}")
+        if _syscall(_SYS_FSCONFIG, context, _FSCONFIG_CMD_CREATE, 0, 0, 0) < 0:
+            _raise(filesystem)
+        fd = _syscall(_SYS_FSMOUNT, context, _FS_CLOEXEC, attributes)
+        if fd < 0:
+            _raise(filesystem)
+        return fd
+    finally:
+        os.close(context)
+
+
+def move_mount(mount: int, place: int) -> None:
+    """move_mount(2): attach a detached mount at the open directory or file `place`, of this mount namespace."""
+    if _syscall(_SYS_MOVE_MOUNT, mount, b"", place, b"", _MOVE_MOUNT_EMPTY_PATHS) < 0:
+        _raise()
 
 
 def umount(target: str, flags: int = UMOUNT_NOFOLLOW) -> None:

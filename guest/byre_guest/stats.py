@@ -31,6 +31,10 @@ TABLES = ("memory.stat", "memory.events", "cpu.stat", "pids.events", "cgroup.eve
 #: Processes reported at most: the answer must fit one frame (a process takes about 100 bytes).
 MAX_PROCESSES = 4096
 
+#: Bytes of arguments that are reported of one process, and of all: the same frame must hold them.
+MAX_ARGUMENTS = 256
+ALL_ARGUMENTS = 64 * 1024
+
 #: USER_HZ, the unit of the times in /proc/PID/stat.
 TICKS = os.sysconf("SC_CLK_TCK")
 PAGE = os.sysconf("SC_PAGE_SIZE")
@@ -72,17 +76,38 @@ def _io(text: str) -> dict[str, int]:
 def processes(cgroup: str, proc: str = "/proc") -> list[dict[str, Any]]:
     """The processes of a cgroup and those below it: for helper children, there may be thousands.
 
-    Each is `{"pid", "command", "user_us", "system_us", "rss_bytes", "created_ns"}`: the pid is the VM's, the
-    command the kernel's name for it (15 characters), `created_ns` real time since the epoch.
+    Each is `{"pid", "uid", "state", "command", "args", "user_us", "system_us", "rss_bytes", "created_ns"}`: the pid
+    is the VM's, the state one letter of proc_pid_stat(5), the command the kernel's name for it (15 characters),
+    `args` what it was started with as one line, or has made of it, `created_ns` real time since the epoch.
     """
     booted = time_ns() - clock_gettime_ns(CLOCK_BOOTTIME)
     found: list[dict[str, Any]] = []
+    room = ALL_ARGUMENTS
     for directory in sorted(cgroups.leaves(cgroup)):
         for pid in cgroups.read(f"{directory}/cgroup.procs").split():
             text = cgroups.read(f"{proc}/{pid}/stat")
             if text and len(found) < MAX_PROCESSES:
-                found.append(_process(text, booted))
+                args = _arguments(f"{proc}/{pid}/cmdline", min(MAX_ARGUMENTS, room))
+                room -= len(args)
+                found.append({**_process(text, booted), "uid": _owner(f"{proc}/{pid}"), "args": args})
     return found
+
+
+def _arguments(path: str, size: int) -> str:
+    """The process's own text: not more of it than is wanted is read."""
+    try:
+        with open(path, "rb", buffering=0) as file:
+            return (file.read(size) or b"").rstrip(b"\0").replace(b"\0", b" ").decode(errors="replace")
+    except OSError:  # it has just ended
+        return ""
+
+
+def _owner(directory: str) -> int:
+    """Its effective user (proc(5)); -1 when it has just ended."""
+    try:
+        return os.stat(directory).st_uid
+    except OSError:
+        return -1
 
 
 def _process(text: str, booted: int) -> dict[str, Any]:
@@ -92,6 +117,7 @@ def _process(text: str, booted: int) -> dict[str, Any]:
     return {
         "pid": int(text[:start]),
         "command": text[start + 1 : end],
+        "state": fields[0],
         "user_us": int(fields[11]) * 1_000_000 // TICKS,
         "system_us": int(fields[12]) * 1_000_000 // TICKS,
         "rss_bytes": int(fields[21]) * PAGE,

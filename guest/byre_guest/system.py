@@ -28,6 +28,9 @@ MACHINE_ID_LENGTH = 32
 #: Host names of Linux (uname(2)) have at most this many bytes.
 MAX_HOSTNAME = 64
 
+#: For a driver to be loaded, in seconds: some milliseconds, mostly.
+DRIVER_TIMEOUT = 30.0
+
 #: Bytes of stacks in one answer: those of a few hundred processes.
 MAX_STACKS = 256 * 1024
 
@@ -63,6 +66,18 @@ class System:
     def info(self, call: Call, _arguments: dict[str, Any]) -> None:
         """`system.info`."""
         call.reply({"info": self._describe()})
+
+    def balloon(self, call: Call, _arguments: dict[str, Any]) -> None:
+        """`system.balloon`: from now on this machine can give memory back."""
+        if self._timeline is None:
+            raise NotSupported("this agent is no VM's init: it loads no driver")
+        from . import children, storage
+
+        def loaded(_result: object, error: ByreError | None) -> None:
+            call.reply({}) if error is None else call.fail(error)
+
+        server = call.server
+        children.run(server.loop, server.reaper, lambda: storage.need("virtio_balloon"), DRIVER_TIMEOUT, loaded)
 
     def _describe(self) -> dict[str, Any]:
         if self._constant is None:

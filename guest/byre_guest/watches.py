@@ -13,10 +13,13 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from .loop import Loop
+    from .loop import Loop, Timer
 
 #: Such files are smaller than this.
 SIZE = 4096
+
+#: Between two notices of one count, in seconds: a container can make it rise without end.
+PAUSE = 1.0
 
 
 class Watches:
@@ -45,3 +48,36 @@ class Watches:
             self._loop.remove(fd)
             os.close(fd)
         self._fds.clear()
+
+
+class Count:
+    """A count that only rises.  `tell(by)` says by how much it has: at once, then every PAUSE seconds at most."""
+
+    def __init__(self, loop: Loop, read: Callable[[], int], tell: Callable[[int], object]) -> None:
+        self._loop = loop
+        self._read = read
+        self._tell = tell
+        self._told = 0
+        self._pause: Timer | None = None
+
+    def changed(self) -> None:
+        """It may have risen."""
+        if self._pause is None and self._look():
+            self._pause = self._loop.call_later(PAUSE, self._go_on)
+
+    def close(self) -> None:
+        """Tell what is not told yet, and no more."""
+        if self._pause is not None:
+            self._pause.cancel()
+        self._look()
+
+    def _look(self) -> bool:
+        before, now = self._told, self._read()
+        if now > before:
+            self._told = now
+            self._tell(now - before)
+        return now > before
+
+    def _go_on(self) -> None:
+        self._pause = None
+        self.changed()

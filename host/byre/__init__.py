@@ -19,7 +19,16 @@ if TYPE_CHECKING:
     from .files import Files
     from .local import LocalHost
     from .mounts import HostDirectory, Volume
-    from .parameters import ProcessParameters, Resources, UpdateResources
+    from .parameters import (
+        AddDisk,
+        AddMount,
+        AddPort,
+        ProcessParameters,
+        RemoveMount,
+        RemovePort,
+        Resources,
+        UpdateResources,
+    )
     from .pod import Pod
     from .pool import Pool, PoolStats
     from .ports.address import Address
@@ -64,6 +73,11 @@ _MODULES = {
     "Share": "shares.share",
     "SocketHost": "sockethost",
     "Stdio": "cow",
+    "AddDisk": "parameters",
+    "AddMount": "parameters",
+    "AddPort": "parameters",
+    "RemoveMount": "parameters",
+    "RemovePort": "parameters",
     "UpdateResources": "parameters",
     "UtilityVM": "vm",
     "Volume": "mounts",
@@ -75,6 +89,9 @@ __all__ = [
     "DEVNULL",
     "PIPE",
     "STDOUT",
+    "AddDisk",
+    "AddMount",
+    "AddPort",
     "Address",
     "ByreError",
     "CompletedProcess",
@@ -97,6 +114,8 @@ __all__ = [
     "ProcessHost",
     "ProcessParameters",
     "PublishedPort",
+    "RemoveMount",
+    "RemovePort",
     "Resources",
     "SerialHost",
     "Share",

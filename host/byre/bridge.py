@@ -36,10 +36,12 @@ if TYPE_CHECKING:
 EXPLAIN_GRACE = 0.5
 
 #: The field by which events find their subscriber.
-_KEYS = {"process.exit": "process", "container.exit": "container", "container.oom": "container"}
+_KEYS = {"process.exit": "process", "container.exit": "container"}
 
 #: Called with the event's fields, or with the loss of the connection: either ends what waits.
 Subscriber = Callable[[Result | ConnectionLost], None]
+#: Called with each event and log line, and at last with the loss.
+Observer = Callable[[events.EventReceived | events.LogReceived | ConnectionLost], None]
 Server = Callable[[events.RequestReceived | events.CancelReceived], None]
 
 
@@ -85,6 +87,7 @@ class Bridge(Calls):
         self._channel: Channel | None = None
         self._opened: asyncio.Future[None] | None = None
         self._subscribers: dict[tuple[str, Any], Subscriber] = {}
+        self._observers: list[Observer] = []
         self._loss: ConnectionLost | None = None
         self._lost = asyncio.Event()
         self._flush_due = False
@@ -177,6 +180,13 @@ class Bridge(Calls):
     def unsubscribe(self, name: str, key: Any) -> None:
         """Harmless when repeated."""
         self._subscribers.pop((name, key), None)
+
+    def observe(self, observer: Observer) -> None:
+        """Hear of every event and log line, and of the loss."""
+        if self._loss is not None:
+            observer(self._lost_error())
+        else:
+            self._observers.append(observer)
 
     # -- as a server ---------------------------------------------------------------------------------------
 
@@ -342,6 +352,9 @@ class Bridge(Calls):
             self._opened.exception()  # perhaps nobody awaits it
         self.lose_calls(self._lost_error)
         self.streams.lose(self._lost_error)
+        observers, self._observers = self._observers, []
+        for observer in observers:
+            observer(self._lost_error())
         subscribers, self._subscribers = self._subscribers, {}
         for subscriber in subscribers.values():
             subscriber(self._lost_error())
@@ -373,8 +386,12 @@ class Bridge(Calls):
         subscriber = self._subscribers.get((event.name, key))
         if subscriber is not None:
             subscriber(event.fields)
+        for observer in self._observers:
+            observer(event)
 
     def _on_log(self, event: events.LogReceived) -> None:
+        for observer in self._observers:
+            observer(event)
         self._log.emit(event.source, event.level, event.message, event.dropped)
 
 

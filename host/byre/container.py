@@ -9,11 +9,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
-from . import properties
+from . import changes, properties
 from .calls import CALL_TIMEOUT
 from .cow import Container, ExitStatus
 from .errors import (
@@ -22,10 +22,10 @@ from .errors import (
     ContainerClosed,
     ContainerNotFound,
     ContainerNotReady,
-    NotSupported,
 )
-from .parameters import ModifyRequest, ProcessConfig, UpdateResources
+from .parameters import ModifyRequest, Plan, ProcessConfig
 from .process import GuestProcess, GuestProcessHost
+from .stats import ContainerStats, ProcessStats
 
 if TYPE_CHECKING:
     from .bridge import Bridge
@@ -46,6 +46,15 @@ class InitStreams:
     height: int = 24
 
 
+class LogPiece(NamedTuple):
+    """`data` was written after `dropped` bytes that were no longer kept when it was asked for.  `ended`: nothing
+    more will come."""
+
+    data: bytes = b""
+    dropped: int = 0
+    ended: bool = False
+
+
 class GuestContainer(GuestProcessHost, Container):
     """See the module.  Made by `UtilityVM.create_container` and `open_container`."""
 
@@ -64,6 +73,7 @@ class GuestContainer(GuestProcessHost, Container):
         self._outcome: ExitStatus | ConnectionLost | ContainerClosed | None = None
         self._deleted = False
         self._released = released
+        self.changes = changes.Changes(bridge, container)
         self._watch: asyncio.Task[None] | None = None
         bridge.subscribe("container.exit", container, self._on_exit)
 
@@ -171,6 +181,7 @@ class GuestContainer(GuestProcessHost, Container):
         await self._if_there("container.delete")
         if self._released is not None:
             await self._released()
+        await self.changes.forget()
 
     async def _if_there(self, method: str) -> None:
         """What is harmless when the container, or its VM, is already gone (B23, B51)."""
@@ -209,8 +220,33 @@ class GuestContainer(GuestProcessHost, Container):
 
     async def log(self) -> bytes:
         """The last output of an init that nobody asked for (B20)."""
-        data: bytes = await self._ask("container.log", "data")
-        return data
+        return (await self.read_log()).data
+
+    async def follow_log(self, start: int = 0) -> AsyncIterator[LogPiece]:
+        """That log from byte `start` of all that was written, and what comes, until the container has ended."""
+        piece = LogPiece()
+        while not piece.ended:
+            piece = await self.read_log(start, wait=True)
+            start += piece.dropped + len(piece.data)
+            if piece.data or piece.dropped:
+                yield piece
+
+    async def read_log(self, start: int = 0, *, wait: bool = False) -> LogPiece:
+        """What is kept of that log from byte `start` on; with `wait`, when there is any, or it has ended."""
+        timeout = None if wait else CALL_TIMEOUT
+        return LogPiece(
+            **await self._bridge.call(
+                "container.log", timeout=timeout, container=self._container, start=start, wait=wait
+            )
+        )
+
+    async def stats(self) -> ContainerStats:
+        """What it uses, and its limits."""
+        return ContainerStats.of(self.id, await self._ask("container.stats", "stats"))
+
+    async def processes(self) -> list[ProcessStats]:
+        """What runs in it."""
+        return [ProcessStats.of(found) for found in await self._ask("container.processes", "processes")]
 
     async def properties(self, *types: str) -> Mapping[str, Any]:
         found, _ = await self._properties(types)
@@ -236,12 +272,13 @@ class GuestContainer(GuestProcessHost, Container):
     async def _ask(self, method: str, field: str) -> Any:
         return (await self._bridge.call(method, container=self._container))[field]
 
-    async def modify(self, config: ModifyRequest) -> None:
-        if not isinstance(config, UpdateResources):
-            raise NotSupported(f"a container cannot be modified by a {type(config).__name__}")
-        limits = dataclasses.asdict(config.resources)
-        wanted = {name: value for name, value in limits.items() if value is not None}
-        await self._bridge.call("container.update", container=self._container, resources=wanted)
+    async def modify(self, config: ModifyRequest | Sequence[ModifyRequest], *, dry_run: bool = False) -> Plan:
+        wanted = list(config) if isinstance(config, Sequence) else [config]
+        plan = changes.plan(wanted, str((await self.state()).get("state", "")))
+        if not dry_run:
+            changes.check(plan)
+            await self.changes.carry_out(wanted)
+        return plan
 
     def __repr__(self) -> str:
         return f"<GuestContainer {self.id!r} {'running' if self._outcome is None else repr(self._outcome)}>"

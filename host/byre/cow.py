@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import abc
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
-from .parameters import ModifyRequest, ProcessConfig, Signal
+from .parameters import ModifyRequest, Plan, ProcessConfig, Signal
 
 
 class Stdio(NamedTuple):
@@ -162,8 +162,11 @@ class Container(ProcessHost):
         """Properties of hcsschema (v2); metrics have the shape of cgroup v1, converted from v2 (B27)."""
 
     @abc.abstractmethod
-    async def modify(self, config: ModifyRequest) -> None:
-        """Change it while it runs (B28).  Raises `NotSupported` for other kinds, and changes nothing then."""
+    async def modify(self, config: ModifyRequest | Sequence[ModifyRequest], *, dry_run: bool = False) -> Plan:
+        """Change it while it runs (B28): all of it or, when a step fails, nothing; `dry_run` only plans.
+
+        Raises `NotSupported`, and changes nothing, when a step cannot be done live; ``data["plan"]`` says why.
+        """
 
     @abc.abstractmethod
     async def close(self) -> None:

@@ -20,11 +20,16 @@ from byre_proto.errors import from_wire, printable
 from . import errors, peer, rundir
 from .bridge import Bridge
 from .errors import ByreError, ConnectionLost, DeadlineExceeded, MachineFailed, PermissionRefused, VMNotFound
+from .journal import Events, KeeperJournal
+from .machines.balloon import Reclaimed
 from .owner import DiskPlace, Owner
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from .calls import Result
     from .container_disks import ContainerDisks
+    from .events import Event
     from .ports.registry import Ports
     from .shares.registry import Shares
 
@@ -225,6 +230,10 @@ class KeeperClient(Owner):
     async def resume(self) -> None:
         await self._bridge.call("vm.resume")
 
+    async def reclaim(self, memory_mib: int) -> Reclaimed:
+        found = await self._bridge.call("vm.reclaim", memory_mib=memory_mib)
+        return Reclaimed(found["memory"], found["resident_before"], found["resident_after"])
+
     async def shutdown(self, timeout: float) -> None:
         """End the VM, for all its clients."""
         with contextlib.suppress(ConnectionLost):  # it ended faster than it could answer, or had ended before
@@ -256,6 +265,12 @@ class KeeperClient(Owner):
         from .shares.registry import KeeperShares
 
         return KeeperShares(bridge)
+
+    def events(self, bridge: Bridge) -> Events:
+        return KeeperJournal(bridge, lambda: self._reason)
+
+    def note(self, make: Callable[..., Event], **details: Any) -> None:
+        """Nothing: the keeper sees for itself."""
 
     async def release(self) -> None:
         """Nothing: the VM goes on, and so does what this client started in it."""

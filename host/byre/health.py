@@ -16,6 +16,7 @@ from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING
 
 from .errors import ConnectionLost, DeadlineExceeded
+from .events import HealthChanged
 
 if TYPE_CHECKING:
     from .bridge import Bridge
@@ -132,6 +133,8 @@ class Health:
     async def _set(self, state: str) -> None:
         if state != self._state and self._state != LOST:
             self._state = state
+            if state != LOST:  # the end is an event of its own
+                self._owner.note(HealthChanged, state=state)
             for changes in self._listeners:
                 changes.put_nowait(state)
             async with self._changed:

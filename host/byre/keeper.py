@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from byre_proto.errors import to_wire
 
-from . import rundir
+from . import events, rundir
 from .errors import ByreError, Cancelled, InvalidRequest
 from .relay import Handler, Relay
 
@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 
     from .bridge import Bridge
     from .container_disks import ContainerDisks
+    from .journal import Events
+    from .machines.balloon import Reclaimed
     from .owner import DiskPlace
     from .ports.address import Address
     from .ports.registry import PublishedPort
@@ -64,12 +66,15 @@ class Kept(Protocol):
     def bridge(self) -> Bridge: ...
     @property
     def container_disks(self) -> ContainerDisks: ...
+    @property
+    def journal(self) -> Events: ...
     async def info(self) -> dict[str, Any]: ...
     async def attach_disk(self, path: str) -> DiskPlace: ...
     async def detach_disk(self, disk: DiskPlace) -> None: ...
     async def console(self, lines: int) -> str: ...
     async def pause(self) -> None: ...
     async def resume(self) -> None: ...
+    async def reclaim(self, memory_mib: int) -> Reclaimed: ...
     async def publish(self, host: str, guest: str, *, container: str) -> Address: ...
     async def unpublish(self, host: str) -> None: ...
     async def published(self) -> list[PublishedPort]: ...
@@ -215,8 +220,10 @@ class Methods:
             "vm.hold_disk": self._hold_disk,
             "vm.drop_disks": self._drop_disks,
             "vm.console": self._console,
+            "vm.events": self._events,
             "vm.pause": self._pause,
             "vm.resume": self._resume,
+            "vm.reclaim": self._reclaim,
             "vm.publish": self._publish,
             "vm.unpublish": self._unpublish,
             "vm.ports": self._ports,
@@ -251,6 +258,11 @@ class Methods:
     async def _console(self, arguments: Arguments) -> Arguments:
         return {"text": await self._kept.console(arguments["lines"])}
 
+    async def _events(self, arguments: Arguments) -> Arguments:
+        journal, after = self._kept.journal, arguments["after"]
+        found = await journal.after(after) if after >= 0 else []
+        return {"events": [events.to_wire(event) for event in found], "last": await journal.now()}
+
     async def _pause(self, _: Arguments) -> Arguments:
         await self._kept.pause()
         return {}
@@ -258,6 +270,9 @@ class Methods:
     async def _resume(self, _: Arguments) -> Arguments:
         await self._kept.resume()
         return {}
+
+    async def _reclaim(self, arguments: Arguments) -> Arguments:
+        return (await self._kept.reclaim(arguments["memory_mib"]))._asdict()
 
     async def _publish(self, arguments: Arguments) -> Arguments:
         return {"host": str(await self._kept.publish(**arguments))}

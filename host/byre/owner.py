@@ -10,14 +10,22 @@ from __future__ import annotations
 
 import abc
 import asyncio
+import os
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .errors import InvalidRequest, NotSupported
+from .events import DiskEvent
+from .journal import Journal
 
 if TYPE_CHECKING:
     from .bridge import Bridge
     from .container_disks import ContainerDisks
+    from .events import Event
+    from .journal import Events
+    from .machines.balloon import Reclaimed
     from .machines.base import Machine
     from .machines.disks import Disk
     from .ports.registry import Ports
@@ -25,6 +33,9 @@ if TYPE_CHECKING:
 
 #: An emulator that is told to quit does so in milliseconds; after this, in seconds, it is killed.
 RELEASE_TIMEOUT = 5.0
+
+#: Between two events of disks that fail, in seconds: a guest can have its reads and writes fail without end.
+FAILURE_PAUSE = 1.0
 
 
 class DiskPlace(NamedTuple):
@@ -64,6 +75,10 @@ class Owner(abc.ABC):
         """Let them run again."""
 
     @abc.abstractmethod
+    async def reclaim(self, memory_mib: int) -> Reclaimed:
+        """Leave the guest this much memory.  Raises `NotSupported` for a clone."""
+
+    @abc.abstractmethod
     async def shutdown(self, timeout: float) -> None:
         """End the VM, by force after `timeout` seconds.  Harmless when repeated (B51)."""
 
@@ -92,6 +107,14 @@ class Owner(abc.ABC):
         """The directories of this host that the VM has."""
 
     @abc.abstractmethod
+    def events(self, bridge: Bridge) -> Events:
+        """What has happened in the VM, and goes on to happen."""
+
+    @abc.abstractmethod
+    def note(self, make: Callable[..., Event], **details: Any) -> None:
+        """This process has seen something happen: `make` is the event's class."""
+
+    @abc.abstractmethod
     async def release(self) -> None:
         """This program is done with the VM: it ends where it is ours, and goes on where it is a keeper's."""
 
@@ -112,6 +135,8 @@ class MachineOwner(Owner):
         self.id = machine.id
         self.machine = machine
         self._disks: dict[tuple[int, int], Disk] = {}
+        self._journal = Journal()
+        self._failed = -FAILURE_PAUSE
 
     @property
     def machine_pid(self) -> int:  # type: ignore[override]
@@ -123,6 +148,7 @@ class MachineOwner(Owner):
     async def attach_disk(self, path: Path) -> DiskPlace:
         disk = await self.machine.attach_disk(path, read_only=True)
         self._disks[disk.target, disk.lun] = disk
+        self.note(DiskEvent, action="attached", path=os.fspath(path))
         return DiskPlace(path, disk.target, disk.lun)
 
     async def detach_disk(self, place: DiskPlace) -> None:
@@ -130,6 +156,7 @@ class MachineOwner(Owner):
         if disk is None:
             raise InvalidRequest(f"the disk {place.path} is not attached")
         await self.machine.detach_disk(disk)
+        self.note(DiskEvent, action="detached", path=os.fspath(place.path))
 
     async def console(self, lines: int) -> str:
         return self.machine.console_tail(lines)
@@ -142,6 +169,9 @@ class MachineOwner(Owner):
 
     async def resume(self) -> None:
         await self.machine.resume()
+
+    async def reclaim(self, memory_mib: int) -> Reclaimed:
+        return await self.machine.reclaim(memory_mib)
 
     async def shutdown(self, timeout: float) -> None:
         await asyncio.shield(self.machine.shutdown(timeout))
@@ -169,6 +199,20 @@ class MachineOwner(Owner):
         from .shares.registry import HeldShares
 
         return HeldShares(bridge)
+
+    def events(self, bridge: Bridge) -> Events:
+        self._journal.listen(bridge)
+        self.machine.on_disk_error = self._disk_failed
+        return self._journal
+
+    def _disk_failed(self, path: str, reason: str) -> None:
+        now = time.monotonic()
+        if now - self._failed >= FAILURE_PAUSE:
+            self._failed = now
+            self.note(DiskEvent, action="failed", path=path, reason=reason)
+
+    def note(self, make: Callable[..., Event], **details: Any) -> None:
+        self._journal.add(make, **details)
 
     async def release(self) -> None:
         await self.shutdown(RELEASE_TIMEOUT)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import signal
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 from .errors import InvalidRequest
 
@@ -127,8 +127,70 @@ class UpdateResources:
     resources: Resources
 
 
-#: What `Container.modify` takes.  More kinds follow (mounts, devices); an unknown one is `NotSupported`.
-ModifyRequest: TypeAlias = UpdateResources
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AddMount:
+    """`Container.modify`: a mount in a container that runs; what is missing of `destination` is made.
+
+    source      a file or directory of the VM; or
+    size_bytes  of a new tmpfs
+    """
+
+    destination: str
+    source: str = ""
+    size_bytes: int = 0
+    read_only: bool = False
+
+    def __post_init__(self) -> None:
+        if bool(self.source) == (self.size_bytes > 0):
+            raise InvalidRequest("exactly one of source and size_bytes (above 0) is needed")
+        if self.source and not self.source.startswith("/"):
+            raise InvalidRequest(f"the source {self.source!r} is not an absolute path of the VM")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AddDisk:
+    """`Container.modify`: an image of this host (squashfs), attached to the VM and mounted, read-only."""
+
+    path: str
+    destination: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RemoveMount:
+    """`Container.modify`: undo an `AddMount` or `AddDisk`.  Raises `MountInUse` (B61)."""
+
+    destination: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AddPort:
+    """`Container.modify`: as `UtilityVM.publish`; both are an `Address` or what makes one.  `host` has a number."""
+
+    host: str
+    guest: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RemovePort:
+    """`Container.modify`: as `UtilityVM.unpublish`."""
+
+    host: str
+
+
+#: What `Container.modify` takes, one of them or several; for every other kind it raises `NotSupported`.
+ModifyRequest: TypeAlias = UpdateResources | AddMount | AddDisk | RemoveMount | AddPort | RemovePort
+
+
+class Step(NamedTuple):
+    """One change of a plan.  `how`: "live"; or "restart", or "unsupported", and why."""
+
+    change: object
+    how: str
+    reason: str = ""
+
+
+#: What `modify` would do, or has done: a step for each change, in the order in which they were given.
+Plan: TypeAlias = tuple[Step, ...]
 
 #: What `create_process` takes (B20, B21): None is a container's init.
 ProcessConfig: TypeAlias = ProcessParameters | OCIProcess | None

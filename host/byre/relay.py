@@ -277,7 +277,6 @@ class Relay:
         elif method == "container.create":
             container = arguments["container"]
             self._guest.subscribe("container.exit", container, self._container_exited)
-            self._guest.subscribe("container.oom", container, self._out_of_memory)
         elif method == "container.delete":
             self._deleted(arguments["container"])
 
@@ -304,10 +303,6 @@ class Relay:
         if container in self._to_remove:
             self._deleted(container)
             self._spawn(self._ask("container.delete", container=container))
-
-    def _out_of_memory(self, fields: dict[str, Any] | ConnectionLost) -> None:
-        if not isinstance(fields, ConnectionLost):
-            self._announce("container.oom", fields)
 
     # -- undoing and tidying -------------------------------------------------------------------------------
 
@@ -337,7 +332,6 @@ class Relay:
     def _deleted(self, container: str) -> None:
         self._to_remove.discard(container)
         self._guest.unsubscribe("container.exit", container)
-        self._guest.unsubscribe("container.oom", container)
 
     def _forget(self, process: int) -> None:
         self._started.pop(process, None)

@@ -22,18 +22,21 @@ from . import clone, creation, pod
 from .container import GuestContainer, InitStreams
 from .creation import ContainerOptions
 from .disks import Layers
-from .errors import ByreError, ConnectionLost, DeadlineExceeded, InvalidRequest, MachineFailed
+from .errors import ByreError, ConnectionLost, ContainerNotFound, DeadlineExceeded, InvalidRequest, MachineFailed
 from .health import Health
 from .machines.spawn import in_thread
 from .mounts import host_path
 from .owner import MachineOwner
 from .process import GuestProcessHost
+from .stats import ContainerStats
 
 if TYPE_CHECKING:
     from byre_images import Image
 
     from .bridge import Bridge
     from .container_disks import ContainerDisks
+    from .journal import EventReader, Events
+    from .machines.balloon import Reclaimed
     from .machines.base import Machine
     from .machines.config import MachineConfig
     from .owner import DiskPlace, Owner
@@ -99,6 +102,7 @@ class UtilityVM(GuestProcessHost):
         self._shares: Shares
         self._ending: asyncio.Task[None] | None = None
         self.health: Health
+        self.journal: Events  # what `events` reads
 
     # -- life ----------------------------------------------------------------------------------------------
 
@@ -166,6 +170,7 @@ class UtilityVM(GuestProcessHost):
         self.container_disks = owner.container_disks(bridge, self.name or owner.id)
         self._ports = owner.ports(bridge)
         self._shares = owner.shares(bridge)
+        self.journal = owner.events(bridge)
         self.health = Health(owner, bridge)
         self.health.start()
 
@@ -250,18 +255,33 @@ class UtilityVM(GuestProcessHost):
             raise InvalidRequest("exactly one of image and rootfs is needed")
         vm = creation.VM(self.bridge, self._layers, self.container_disks, self._shares)
         root = host_path(rootfs) if rootfs else ""
-        return await creation.create(vm, id, image, root, ContainerOptions(**options))
+        container = await creation.create(vm, id, image, root, ContainerOptions(**options))
+        container.changes.lend(self._layers, self._ports)
+        return container
 
     async def containers(self) -> list[dict[str, Any]]:
         """What the agent knows of each container of this VM."""
         found: list[dict[str, Any]] = (await self.bridge.call("container.list"))["containers"]
         return found
 
+    async def stats(self) -> list[ContainerStats]:
+        """What each of its containers uses, and their limits."""
+        names = [found["id"] for found in await self.containers() if found["state"] != "creating"]
+
+        async def look(name: str) -> list[ContainerStats]:
+            with contextlib.suppress(ContainerNotFound):  # deleted meanwhile
+                answer = await self.bridge.call("container.stats", container=name)
+                return [ContainerStats.of(name, answer["stats"])]
+            return []
+
+        return [found for looked in await asyncio.gather(*map(look, names)) for found in looked]
+
     async def open_container(self, id: str) -> GuestContainer:
         """A container that exists, whoever made it.  Raises `ContainerNotFound` (B22)."""
         answer = await self.bridge.call("container.state", container=id)
         terminal = bool(answer["state"].get("terminal", False))
         container = GuestContainer(self.bridge, id, InitStreams(terminal=terminal))
+        container.changes.lend(self._layers, self._ports)
         container.watch()
         return container
 
@@ -346,6 +366,13 @@ class UtilityVM(GuestProcessHost):
         """Undo one `attach_disk`; the last one removes it (B60).  Raises `DiskInUse` (B61)."""
         await self._owner.detach_disk(disk)
 
+    async def reclaim(self, memory_mib: int) -> Reclaimed:
+        """Have the guest give memory back to this host, until `memory_mib` are left to it, or let it have that much
+        again; what came of it, in bytes.  Raises `NotSupported` for a clone, `InvalidRequest` beyond its size.
+        """
+        await self.bridge.call("system.balloon")
+        return await self._owner.reclaim(memory_mib)
+
     async def pause(self) -> None:
         """Stop its CPUs.  Calls wait meanwhile, and their deadlines go on."""
         await self.health.rest()
@@ -356,6 +383,16 @@ class UtilityVM(GuestProcessHost):
         await self._owner.resume()
         await self.bridge.call("system.configure", realtime_ns=time.time_ns())
         await self.health.resume()
+
+    def events(self, *, after: int | None = None) -> EventReader:
+        """What happens in it, in order: ``async for event in vm.events()``; records of `byre.events`.
+
+        From now on, or, of what is kept, from the number `after` on (0: all of it).  Any number of readers; a slow
+        or late one is told by `Missed` how many it missed.  The last one is `VMEnded`.  For a detached VM these are
+        its keeper's; without that, `ConnectionLost`.
+        """
+        assert self.bridge, "it raises before the start"
+        return self.journal.read(after)
 
     async def console(self, lines: int = 40) -> str:
         """The last lines that the guest wrote to its console, escaped; also while all else hangs (B49)."""

@@ -21,7 +21,7 @@ PACKAGES: dict[str, tuple[str, set[str], set[str]]] = {
     "byre_images": ("images/byre_images", {"byre_proto", "msgpack"}, {"byre_guest"}),
     "byre": (
         "host/byre",
-        {"byre_proto", "byre_images", "msgpack", "qemu", "serial", "paramiko", "pytest"},
+        {"byre_proto", "byre_images", "msgpack", "qemu", "serial", "paramiko", "prometheus_client", "pytest"},
         {"byre_guest"},
     ),
 }

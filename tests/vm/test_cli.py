@@ -6,6 +6,7 @@ import contextlib
 import errno
 import fcntl
 import hashlib
+import json
 import os
 import pty
 import re
@@ -21,6 +22,7 @@ import termios
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import IO
 
 import pytest
 
@@ -514,3 +516,41 @@ def test_a_volume_outlives_vms_and_their_keepers(
     assert b"Read-only" in done.stderr
     assert byre("volume", "rm", "data").stdout == b"data\n"
     assert list((tmp_path / "byre/scratch").iterdir()) == []
+
+
+@contextlib.contextmanager
+def running(*args: str) -> Iterator[IO[bytes]]:
+    """What a command writes that goes on; it is interrupted at the end."""
+    with subprocess.Popen([*BYRE, *args], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        try:
+            yield process.stdout
+        finally:
+            process.send_signal(signal.SIGINT)
+        assert process.wait(TIMEOUT) in (0, 130)
+
+
+def test_events_stats_top_and_logs_of_a_container(up: None, busybox: str) -> None:
+    script = "echo one; while [ ! -e /go ]; do sleep 0.1; done; echo two"
+    limits = ("--pids-limit=9", "-m", "32m")
+    with running("events", "--since", "1h") as watching:
+        assert byre("run", "-d", "--name=seen", *limits, busybox, "sh", "-c", script).returncode == 0
+        with running("logs", "-f", "seen") as following:
+            assert following.readline() == b"one\n"
+            heads, row = byre("stats", "--no-stream", "seen").stdout.decode().splitlines()
+            assert heads.startswith("CONTAINER  CPU %")
+            assert re.match(r"seen +[0-9.]+ +[0-9.]+ [KM]iB / 32.0 MiB +[0-9.]+ +[12] / 9 ", row)
+            (line,) = byre("stats", "--format=json", "seen").stdout.splitlines()
+            assert json.loads(line)["container"] == "seen"
+            assert "sh -c echo one" in byre("top", "seen").stdout.decode()
+            assert byre("exec", "seen", "touch", "/go").returncode == 0
+            assert following.read() == b"two\n"
+        assert byre("rm", "seen").returncode == 0
+        told: list[str] = []
+        while "deleted" not in told:
+            _, kind, container, *_ = watching.readline().decode().split()
+            told += [kind] if container == "seen" else []
+    assert told == ["created", "started", "exited", "deleted"]
+    kept = [json.loads(line) for line in byre("events", "--no-follow", "--format=json").stdout.splitlines()]
+    assert [event["kind"] for event in kept if event.get("container") == "seen"] == told
+    assert byre("stats", "nobody").returncode == 125

@@ -18,12 +18,17 @@ pytestmark = pytest.mark.vm
 #: Run in a mount namespace of its own, in which the volumes are on a small file system.
 PROGRAM = """
 import asyncio, json, sys
-import byre
+import byre, byre.events
 
 async def main(image, options):
-    told = []
     async with byre.UtilityVM(**options) as vm:
-        vm._owner.machine.on_disk_error = lambda path, reason: told.append([path, reason])
+
+        async def failure():
+            async for event in vm.events():
+                if isinstance(event, byre.events.DiskEvent) and event.action == "failed":
+                    return event.path, event.reason
+
+        telling = asyncio.create_task(failure())
 
         async def container(*commands):
             mounts = [byre.Volume("data", "/data")]
@@ -38,8 +43,9 @@ async def main(image, options):
         )
         alive = await vm.run(["echo", "alive"], capture_output=True, timeout=60)
         again = await container("cat /data/first")
+        told = await asyncio.wait_for(telling, 20)
     shown = [[each.returncode, each.stdout.decode()] for each in (*first, alive, *again)]
-    print(json.dumps({"shown": shown, "told": told[0]}))
+    print(json.dumps({"shown": shown, "told": told}))
 
 asyncio.run(main(sys.argv[1], json.loads(sys.argv[2])))
 """

@@ -15,6 +15,8 @@ from .status import say
 if TYPE_CHECKING:
     import argparse
 
+    from byre.container import LogPiece
+
 #: How long a container that was killed may take to be gone, in seconds.
 KILL_TIMEOUT = 30.0
 
@@ -72,10 +74,21 @@ def logs(arguments: argparse.Namespace) -> int:
 
 async def _logs(arguments: argparse.Namespace) -> int:
     async with await UtilityVM.attach(arguments.vm_name) as vm:
-        found = await vm.bridge.call("container.log", container=arguments.container)
-    if found["dropped"]:
-        say(f"{found['dropped']} bytes before this were dropped")
-    view = memoryview(found["data"])
+        container = await vm.open_container(arguments.container)
+        try:
+            if arguments.follow:
+                async for piece in container.follow_log():
+                    _write(piece)
+            else:
+                _write(await container.read_log())
+        finally:
+            await container.close()
+    return 0
+
+
+def _write(piece: LogPiece) -> None:
+    if piece.dropped:
+        say(f"{piece.dropped} bytes before this were dropped")
+    view = memoryview(piece.data)
     while view:
         view = view[os.write(1, view) :]
-    return 0

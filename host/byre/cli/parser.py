@@ -144,6 +144,7 @@ def build() -> Parser:
     _down(add("down", "vms:down", "End a VM that is up, with all that runs in it."))
     add("ps", "vms:ps", "List the VMs that are up, their containers and their processes.")
     _containers(add)
+    _watching(add)
     _port(add("port", "ports:port", "List the ports of this host that lead into a VM that is up."))
     _pod(add("pod", "pods:ls", _POD))
     add("doctor", "doctor:doctor", "Say what this host has: accelerator and why, transports, tools, image.")
@@ -356,9 +357,30 @@ def _containers(add: Callable[[str, str, str], Parser]) -> None:
         if name == "rm":
             parser.add_argument("-f", "--force", action="store_true", help="kill those that run")
         if name == "logs":
+            parser.add_argument("-f", "--follow", action="store_true", help="go on until the container has ended")
             parser.add_argument("container", metavar="CONTAINER")
         else:
             parser.add_argument("containers", metavar="CONTAINER", nargs="+")
+
+
+def _watching(add: Callable[[str, str, str], Parser]) -> None:
+    parser = add("events", "watch:events", "Print what happens in a VM that is up: a line each, until it ends.")
+    _in(parser)
+    parser.add_argument("--since", type=age, metavar="AGE", help="what happened since then too, as 90s, 12h or 30d")
+    parser.add_argument(
+        "--no-follow", action="store_true", help="only what has happened; all that is kept, or --since"
+    )
+    parser.add_argument("--format", choices=("text", "json"), default="text", help="json: an object a line (text)")
+    parser = add("stats", "watch:stats", "Show what containers use: a live table on a terminal, a line each else.")
+    _in(parser)
+    parser.add_argument("--no-stream", action="store_true", help="once, and end")
+    parser.add_argument(
+        "--format", choices=("table", "json"), default="table", help="json: an object a line (table)"
+    )
+    parser.add_argument("containers", metavar="CONTAINER", nargs="*", help="these only")
+    parser = add("top", "watch:top", "List the processes of a container.")
+    _in(parser)
+    parser.add_argument("container", metavar="CONTAINER")
 
 
 def _image(parser: Parser) -> None:

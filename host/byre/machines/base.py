@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
+    from byre.machines.balloon import Reclaimed
+
 __all__ = ["Disk", "Identity", "Machine", "MachineConfig", "MachineExit"]
 
 
@@ -69,13 +71,13 @@ class Machine(abc.ABC):
         self.id = secrets.token_hex(6)
         #: What was chosen, and why; in `UtilityVM.info`.
         self.explanation: dict[str, str] = {}
+        #: Called with a disk's path and QEMU's words when reading or writing it failed here, on the host.
+        self.on_disk_error: Callable[[str, str], object] = lambda path, reason: None
         self._console = ConsoleRing()
         self._exit: MachineExit | None = None
         self._ended = asyncio.Event()
         self._waiting: set[_UntilEnd] = set()
         self._disks = DiskTable(self._plug, self._unplug)
-        #: Called with a disk's path and QEMU's words when reading or writing it failed here, on the host.
-        self.on_disk_error: Callable[[str, str], object] = lambda path, reason: None
 
     @property
     def exited(self) -> MachineExit | None:
@@ -159,6 +161,13 @@ class Machine(abc.ABC):
         NotSupported for a machine that cannot be saved.
         """
         raise NotSupported("machines of this kind cannot be saved")
+
+    async def reclaim(self, memory_mib: int) -> Reclaimed:
+        """Have the guest give memory back until it has `memory_mib`, or take it again; what came of it."""
+        raise NotSupported(
+            "the memory of a clone is its template's until it is written: none of it can be given back alone",
+            hint='a VM that boots by itself (template="off") can',
+        )
 
     async def hang_up(self) -> None:
         """Give up the channel for good, so that the guest can be saved: a clone's host finds it free."""

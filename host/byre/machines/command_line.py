@@ -131,6 +131,7 @@ def qemu_command(
         *("-chardev", f"socket,id=console,fd={console_fd}", "-serial", "chardev:console"),
         *("-blockdev", json.dumps(root), "-device", json.dumps(root_device)),
         *("-device", f"virtio-scsi-{bus},id={CONTROLLER}", "-device", f"virtio-rng-{bus}"),
+        *_balloon(config, choices),
         *transport,
         *(("-incoming", "defer") if config.state_file else ()),
     ]
@@ -146,6 +147,11 @@ def _memory(config: MachineConfig) -> dict[str, object]:
         return {"qom-type": "memory-backend-ram", **memory}
     file = {"mem-path": str(config.memory_file), "share": config.state_file is None}
     return {"qom-type": "memory-backend-file", **memory, **file}
+
+
+def _balloon(config: MachineConfig, choices: Choices) -> tuple[str, ...]:
+    """For memory that is this machine's alone.  The guest takes some back before it kills for want of it."""
+    return () if config.memory_file else ("-device", f"virtio-balloon-{choices.bus},id=balloon0,deflate-on-oom=on")
 
 
 def _machine(choices: Choices) -> str:

@@ -17,11 +17,13 @@ import socket
 import subprocess
 from typing import TYPE_CHECKING, Any
 
-from byre.errors import ConnectionLost, DeadlineExceeded, MachineFailed, NotSupported, ToolMissing
+from byre.errors import ConnectionLost, DeadlineExceeded, InvalidRequest, MachineFailed, NotSupported, ToolMissing
 from byre.machines.accelerators import choose_accelerator
+from byre.machines.balloon import Balloon, Reclaimed
 from byre.machines.base import Identity, Machine, MachineExit
 from byre.machines.clock import rough_tsc_khz, tsc_khz
 from byre.machines.command_line import QEMU, Choices, choose_machine, qemu_command
+from byre.machines.config import MIN_MEMORY_MIB
 from byre.machines.console import ConsoleRing
 from byre.machines.identity import identity
 from byre.machines.migration import Migration
@@ -79,6 +81,7 @@ class QemuMachine(Machine):
         self._migration = Migration(self._execute)
         self._shutdown_reason = ""
         self._bus = ScsiBus(self._execute, self._qmp.send_fd)
+        self._balloon = Balloon(self._execute)
 
     @property
     def secret(self) -> bytes | None:
@@ -201,6 +204,17 @@ class QemuMachine(Machine):
     async def resume(self) -> None:
         await self._execute("cont")
 
+    async def reclaim(self, memory_mib: int) -> Reclaimed:
+        if self._config.memory_file is not None:
+            return await super().reclaim(memory_mib)
+        if not MIN_MEMORY_MIB <= memory_mib <= self._config.memory_mib:
+            raise InvalidRequest(
+                f"the VM cannot be left {memory_mib} MiB",
+                hint=f"{MIN_MEMORY_MIB} to {self._config.memory_mib}; more takes a restart",
+            )
+        self._check_alive()
+        return await self._balloon.resize(memory_mib, self.pid or 0)
+
     async def hang_up(self) -> None:
         self._check_alive()
         if self._transport is not None:
@@ -259,6 +273,8 @@ class QemuMachine(Machine):
             self._shutdown_reason = str(data.get("reason", ""))
         elif name == "MIGRATION":
             self._migration.on_event(data)
+        elif name == "BALLOON_CHANGE":
+            self._balloon.on_change()
         elif name == "DEVICE_DELETED":
             self._bus.on_deleted(str(data.get("device")))
         elif name == "BLOCK_IO_ERROR":
