@@ -14,8 +14,8 @@ from . import fuzz_connection
 
 
 @pytest.mark.behaviour("B45")
-def test_twenty_thousand_frames_reach_every_type_in_every_state_and_escape_nowhere() -> None:
-    fuzzer = fuzz_connection.run(20_000, seed=1)
+def test_frames_of_every_type_reach_each_side_in_every_state_and_escape_nowhere() -> None:
+    fuzzer = fuzz_connection.run(12_000, seed=1)
     assert not fuzzer.missing(), fuzzer.table()
 
 
@@ -43,5 +43,5 @@ def test_it_runs_as_a_program() -> None:
         cwd=Path(__file__).parents[2],
         timeout=100,
     )
-    assert "frames in" in run.stdout, run.stderr
+    assert "frames\n" in run.stdout, run.stderr
     assert ("never reached" in run.stdout) == (run.returncode == 1)
