@@ -19,7 +19,15 @@ from byre_proto.errors import from_wire, printable
 
 from . import errors, peer, rundir
 from .bridge import Bridge
-from .errors import ByreError, ConnectionLost, DeadlineExceeded, MachineFailed, PermissionRefused, VMNotFound
+from .errors import (
+    ByreError,
+    ConnectionLost,
+    DeadlineExceeded,
+    MachineFailed,
+    PermissionRefused,
+    VMNotFound,
+    host_failed,
+)
 from .owner import DiskPlace, Owner
 
 if TYPE_CHECKING:
@@ -53,14 +61,8 @@ async def start(name: str = DEFAULT, options: dict[str, Any] | None = None, *, k
     the module that is run (tests play one).
     """
     rundir.find(name)
-    process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-P", "-m", keeper, name, json.dumps(options or {})),
-        stdin=asyncio.subprocess.PIPE,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.STDOUT,
-        start_new_session=True,
-        env={**os.environ, "PYTHONPATH": _search_path()},
-    )
+    with host_failed("a keeper cannot be started"):
+        process = await _spawn(name, options or {}, keeper)
     assert process.stdin is not None and process.stdout is not None
     report = asyncio.create_task(_read(process.stdout))
     try:
@@ -71,6 +73,17 @@ async def start(name: str = DEFAULT, options: dict[str, Any] | None = None, *, k
         process.stdin.close()  # unless it is ready, this ends the keeper
         await asyncio.shield(_finish(name, process, report))
     _understand(name, report.result())
+
+
+async def _spawn(name: str, options: dict[str, Any], keeper: str) -> asyncio.subprocess.Process:
+    return await asyncio.create_subprocess_exec(
+        *(sys.executable, "-P", "-m", keeper, name, json.dumps(options)),
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.STDOUT,
+        start_new_session=True,
+        env={**os.environ, "PYTHONPATH": _search_path()},
+    )
 
 
 async def _read(pipe: asyncio.StreamReader) -> bytes:

@@ -7,6 +7,9 @@ first and must not blindly repeat the second.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 from byre_proto.errors import (
     AddressInUse,
     ByreError,
@@ -77,6 +80,24 @@ class MachineFailed(ByreError, OSError):
     """The virtual machine could not be started, or did what it must not."""
 
     code = "machine-failed"
+
+
+class HostFailed(ByreError, OSError):
+    """This host's kernel refuses what is needed: a descriptor, room on a disk, a writable directory, a process."""
+
+    code = "host-failed"
+
+
+@contextlib.contextmanager
+def host_failed(what: str) -> Iterator[None]:
+    """In the block an OSError that is none of byre's becomes `HostFailed`; `what` is what could not be done."""
+    try:
+        yield
+    except ByreError:
+        raise
+    except OSError as error:
+        reason = f"{error.strerror or error!r}" + (f": {error.filename}" if error.filename else "")
+        raise HostFailed(f"{what}: {reason}", errno=error.errno) from error
 
 
 class BootFailed(MachineFailed):
@@ -192,6 +213,7 @@ __all__ = [
     "DeadlineExceeded",
     "DiskInUse",
     "FileFailed",
+    "HostFailed",
     "ImageInvalid",
     "ImageNotFound",
     "InvalidRequest",

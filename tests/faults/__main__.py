@@ -23,6 +23,7 @@ from collections import Counter
 from typing import Any
 
 import byre
+from byre import rundir
 from tests.conftest import machine_options
 from tests.images import busybox_layout
 
@@ -106,6 +107,8 @@ class Rounds:
         found = await one(phase, strike, place, chance, self.image)
         if not strike.survived:
             found += await closed(place)
+        for name in rundir.names():  # as `byre ps` does: what a dead keeper left is no leftover
+            rundir.sweep(name)
         found += [("leftover", line) for line in await host.more()]
         if strike.survived:
             self._used[kind] = place, uses + 1

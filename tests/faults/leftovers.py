@@ -6,7 +6,6 @@ Rule: what is counted is what the kernel says, not what byre says of itself.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 import re
 import tempfile
@@ -15,7 +14,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from .places import name_of
+from .places import descendants, name_of
 
 #: Seconds in which what is ending must be gone.
 PATIENCE = 5.0
@@ -47,7 +46,7 @@ class Host:
         """Numbers that the kernel gives at random are left out: another socket for the same purpose is no more."""
         found = [f"descriptor of {target}" for fd in os.listdir("/proc/self/fd") if (target := _target(fd))]
         found += [f"thread {thread.name}" for thread in threading.enumerate()]
-        found += [f"process {pid}: {name_of(pid)}" for pid in _descendants()]
+        found += [f"process {pid}: {name_of(pid)}" for pid in descendants()]
         found += [f"task {getattr(task.get_coro(), '__qualname__', '')}" for task in asyncio.all_tasks()]
         for root in (tempfile.gettempdir(), os.environ["XDG_RUNTIME_DIR"]):
             found += [f"file {path}" for path in Path(root).rglob("*")]
@@ -61,17 +60,6 @@ class Host:
                 break
             await asyncio.sleep(0.05)
         return sorted(more.elements())
-
-
-def _descendants() -> list[int]:
-    """Whatever has this process's own directory of temporary files in its environment, dead ones' children too."""
-    mark = os.fsencode(f"XDG_RUNTIME_DIR={os.environ['XDG_RUNTIME_DIR']}")
-    found = []
-    for entry in os.listdir("/proc"):
-        with contextlib.suppress(OSError):  # ended, or not ours
-            if entry.isdigit() and mark in Path(f"/proc/{entry}/environ").read_bytes().split(b"\0"):
-                found.append(int(entry))
-    return found
 
 
 async def guest(vm: Any) -> list[str]:

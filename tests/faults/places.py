@@ -88,7 +88,6 @@ class Kept(Place):
             os.kill(self.keeper, signal.SIGKILL)
         with contextlib.suppress(VMNotFound):
             await detached.end(self.name, PATIENCE)
-        rundir.sweep(self.name)
 
 
 class Attached(Kept):
@@ -113,6 +112,7 @@ class Local(Place):
 
     async def start(self) -> None:
         self.folder = tempfile.mkdtemp()
+        self._others = set(descendants())
         self.vm = byre.LocalHost()
         await self.vm.start()
 
@@ -120,10 +120,27 @@ class Local(Place):
         await self.vm.close()
 
     async def close(self) -> None:
-        """An agent that was killed while it wrote leaves the file, as any program does."""
-        if hasattr(self, "vm"):
-            await self.vm.close()
-            shutil.rmtree(self.folder)
+        """An agent that was killed leaves what it was writing, and its processes."""
+        if not hasattr(self, "vm"):
+            return
+        hangs = is_stopped(self.vm.pid or 0)  # then byre kills it, with its processes
+        await self.vm.close()
+        shutil.rmtree(self.folder)
+        if not hangs:
+            for pid in set(descendants()) - self._others:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+
+
+def descendants() -> list[int]:
+    """Whatever has this process's own directory of temporary files in its environment, dead ones' children too."""
+    mark = os.fsencode(f"XDG_RUNTIME_DIR={os.environ['XDG_RUNTIME_DIR']}")
+    found = []
+    for entry in os.listdir("/proc"):
+        with contextlib.suppress(OSError):  # ended, or not ours
+            if entry.isdigit() and mark in Path(f"/proc/{entry}/environ").read_bytes().split(b"\0"):
+                found.append(int(entry))
+    return found
 
 
 def is_stopped(pid: int) -> bool:
