@@ -96,7 +96,7 @@ def host_failed(what: str) -> Iterator[None]:
     except ByreError:
         raise
     except OSError as error:
-        reason = f"{error.strerror or error!r}" + (f": {error.filename}" if error.filename else "")
+        reason = f"{error.strerror or repr(error)}" + (f": {error.filename}" if error.filename else "")
         raise HostFailed(f"{what}: {reason}", errno=error.errno) from error
 
 

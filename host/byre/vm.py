@@ -97,9 +97,9 @@ class UtilityVM(GuestProcessHost):
     async def start(self, progress: Callable[[str], None] | None = None) -> None:
         """Boot or clone it, and wait until the agent answers.
 
-        Raises `BootFailed`, `BootTimeout` (B40), `AcceleratorUnavailable`, `ToolMissing`, `HostFailed`, ...; after an
-        error or a cancellation nothing is left (B41).  `progress` hears of the image's build, when there has to be
-        one.
+        Raises `BootFailed`, `BootTimeout` (B40), `AcceleratorUnavailable`, `ToolMissing`, `HostFailed`, ...; after
+        an error or a cancellation nothing is left (B41).  `progress` hears of the image's build, when there has to
+        be one.
         """
         if self._started:
             raise MachineFailed("a VM starts once", hint="make another one")
