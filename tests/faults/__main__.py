@@ -63,6 +63,7 @@ class Rounds:
         asyncio.get_running_loop().set_exception_handler(lambda _, context: self._unheard.append(str(context)))
         async with byre.UtilityVM(**self.options) as bystander:
             self._usual = await self._undisturbed()
+            rundir.base()  # so that it is nobody's leftover
             for number in numbers:
                 phase, strike = pairs[number % len(pairs)]
                 self.counts[phase.__name__, strike.name] += 1
