@@ -100,6 +100,24 @@ def host_failed(what: str) -> Iterator[None]:
         raise HostFailed(f"{what}: {reason}", errno=error.errno) from error
 
 
+class AnswerInvalid(ByreError, ValueError):
+    """The guest answered with what no agent of ours answers: it is hostile, or of another version."""
+
+    code = "answer-invalid"
+
+
+@contextlib.contextmanager
+def answer_of_guest(what: str) -> Iterator[None]:
+    """In the block an answer is read whose insides the wire's table does not check: whatever reading it raises is
+    the guest's fault."""
+    try:
+        yield
+    except ByreError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, OSError) as error:
+        raise AnswerInvalid(f"the guest's {what} cannot be read", hint="is its agent of this version?") from error
+
+
 class BootFailed(MachineFailed):
     """The VM ended or the guest panicked before its agent answered (B40); ``data["console"]`` has the tail."""
 
@@ -199,6 +217,7 @@ class VMExists(ByreError, FileExistsError):
 __all__ = [
     "AcceleratorUnavailable",
     "AddressInUse",
+    "AnswerInvalid",
     "BootFailed",
     "BootTimeout",
     "ByreError",
