@@ -13,11 +13,8 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import os
 import random
-import subprocess
 import sys
-import tempfile
 import time
 from collections import Counter
 from typing import Any
@@ -32,18 +29,13 @@ from .phases import IN_CONTAINERS, PHASES, Phase, containers
 from .places import Local, Own, Place
 from .round import Found, closed, one
 from .strikes import STRIKES, Strike
+from .surroundings import small_disk, with_own_mounts
 from .world import DEADLINE, World
 
 VERDICTS = ("hung", "lost", "wrong", "leftover")
 
 #: Rounds that a VM is used for when none of them harms it: what only grows slowly is seen, and a round is cheap.
 USES = 50
-
-#: Set in the process that has mounts of its own.
-MARK = "BYRE_FAULTS_MOUNTS"
-
-#: Bytes of the disk that can be filled: run directories, logs and temporary files need less.
-DISK = "16m"
 
 
 class Rounds:
@@ -168,29 +160,13 @@ def main() -> int:
     count = arguments.rounds or len(pairs)
     numbers = range(arguments.first, arguments.first + count)
     rounds = Rounds(arguments.seed)
-    with tempfile.TemporaryDirectory(prefix="byre-faults-") as folder:
-        subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={DISK},mode=700", "faults", folder], check=True)
-        for variable in ("TMPDIR", "XDG_RUNTIME_DIR"):
-            os.environ[variable] = os.path.join(folder, variable)
-            os.mkdir(os.environ[variable], 0o700)
-        tempfile.tempdir = None  # it is looked up once
-        try:
-            asyncio.run(rounds.run(pairs, numbers))
-        finally:
-            subprocess.run(["umount", "--lazy", folder], check=True)
+    with small_disk():
+        asyncio.run(rounds.run(pairs, numbers))
     table(rounds.counts)
     print(f"rounds={count} " + " ".join(f"{verdict}={rounds.bad[verdict]}" for verdict in VERDICTS))
     return 1 if rounds.bad.total() else 0
 
 
-def with_own_mounts() -> None:
-    """Run this program again where it may mount: an ordinary user in a user namespace of its own."""
-    namespaces = ["--mount"] if os.geteuid() == 0 else ["--user", "--map-root-user", "--mount"]
-    os.environ[MARK] = "1"
-    os.execvp("unshare", ["unshare", *namespaces, sys.executable, "-m", "tests.faults", *sys.argv[1:]])
-
-
 if __name__ == "__main__":
-    if MARK not in os.environ:
-        with_own_mounts()
+    with_own_mounts("tests.faults")
     sys.exit(main())

@@ -5,10 +5,13 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import random
 import select
 import signal
 import socket
 import stat
+import subprocess
+import sys
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -28,9 +31,13 @@ from byre.errors import (
 )
 from byre.parameters import ProcessParameters
 from byre.process import start_process
+from tests.faults.places import descendants
 
 KEEPER = "tests.unit.played_keeper"
 TIMEOUT = 60.0
+
+#: Of keepers, and of who starts them.
+KILLS = 12
 
 
 @pytest.fixture(autouse=True)
@@ -213,6 +220,32 @@ def test_a_keeper_that_hangs_does_not_keep_its_starter(runtime: Path, monkeypatc
         assert list((runtime / "byre").iterdir()) == []
 
     run(test)
+
+
+def test_killed_at_any_moment_a_keeper_leaves_nothing_that_confuses(runtime: Path) -> None:
+    life = (
+        "import asyncio; from byre import detached; "
+        f"asyncio.run(detached.start('a', keeper={KEEPER!r})); asyncio.run(detached.end('a'))"
+    )
+    chance = random.Random(1)
+    for _ in range(KILLS):
+        living = subprocess.Popen([sys.executable, "-c", life], start_new_session=True, stderr=subprocess.DEVNULL)
+        time.sleep(chance.uniform(0, 1))  # no event: any moment of a life of about a second
+        for pid in descendants():
+            os.kill(pid, signal.SIGKILL)
+        living.wait()
+        for pid in descendants():  # some of them were just made
+            kill(pid)
+        for name in rundir.names():
+            assert not rundir.is_up(name)
+            assert rundir.sweep(name)
+
+    async def test() -> None:
+        await start()
+        await detached.end("a")
+
+    run(test)
+    assert list((runtime / "byre").iterdir()) == []
 
 
 def test_of_several_that_are_dead_each_is_found_dead_and_removed(runtime: Path) -> None:
