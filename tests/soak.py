@@ -76,7 +76,7 @@ class Soak:
         tasks = [asyncio.create_task(self._work(place, number)) for number in range(WORKERS)]
         try:
             await self._strike_until(place, end - seconds * (1 - WARM_UP))
-            first = await self._measured(place)
+            first = last = await self._measured(place)
             while time.monotonic() < end:
                 await self._strike_until(place, min(end, time.monotonic() + 60))
                 last = await self._measured(place)

@@ -67,7 +67,7 @@ class Report:
             print(f"wrong: {each}")
 
 
-def lies(source: RandomSource, peer: Peer, report: Report) -> Iterator[bytes]:
+def lies(source: Any, peer: Peer, report: Report) -> Iterator[bytes]:
     """So many frames of one visit."""
     for _ in range(source.integer(1, VISIT)):
         what = choice(source, WHAT)
@@ -88,7 +88,7 @@ async def to_host(count: int, seed: int) -> Report:
     played = Played()
     async with LocalHost() as beside:
         while report.frames < count:
-            source = RandomSource((seed, report.frames))
+            source: Any = RandomSource((seed, report.frames))
             begin = resident()
             with contextlib.suppress(ByreError):  # the boot is over before the guest lies; its end need not be
                 async with MemoryVM(played) as vm:
@@ -100,7 +100,7 @@ async def to_host(count: int, seed: int) -> Report:
     return report
 
 
-async def lied_to(vm: Any, played: Played, source: RandomSource, report: Report) -> None:
+async def lied_to(vm: Any, played: Played, source: Any, report: Report) -> None:
     """Work that goes on while the guest lies."""
     work = [
         vm.run(["echo"], capture_output=True, timeout=DEADLINE),
@@ -146,7 +146,7 @@ async def to_agent(count: int, seed: int) -> Report:
     return report
 
 
-async def visit(path: str, source: RandomSource, report: Report) -> None:
+async def visit(path: str, source: Any, report: Report) -> None:
     """A host that shakes hands, lies, and hangs up; it waits until the agent has read all of it."""
     loop = asyncio.get_running_loop()
     with socket.socket(socket.AF_UNIX) as sock:
