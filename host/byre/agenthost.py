@@ -10,7 +10,7 @@ import asyncio
 from typing import TYPE_CHECKING, Self
 
 from .bridge import Bridge
-from .errors import ConnectionLost, MachineFailed
+from .errors import ConnectionLost, MachineFailed, host_failed
 from .process import GuestProcessHost
 
 if TYPE_CHECKING:
@@ -43,7 +43,8 @@ class AgentHost(GuestProcessHost, abc.ABC):
         """Reach the agent and shake hands.  Raises `DeadlineExceeded` when it does not answer."""
         if self._bridge is not None:
             raise MachineFailed(f"a {type(self).__name__} starts once", hint="make another one")
-        self._bridge = await self._reach()
+        with host_failed("the agent cannot be reached"):
+            self._bridge = await self._reach()
         try:
             await self._bridge.open(self._start_timeout)
         except BaseException:

@@ -22,6 +22,7 @@ from .errors import (
     ContainerClosed,
     ContainerNotFound,
     ContainerNotReady,
+    answer_of_guest,
 )
 from .parameters import ModifyRequest, Plan, ProcessConfig
 from .process import GuestProcess, GuestProcessHost
@@ -255,18 +256,20 @@ class GuestContainer(GuestProcessHost, Container):
     async def properties_v2(self, *types: str) -> Mapping[str, Any]:
         found, stats = await self._properties(types)
         if stats is not None:
-            found["LCOWMetrics"] = properties.metrics(stats)
+            with answer_of_guest("statistics of a container"):
+                found["LCOWMetrics"] = properties.metrics(stats)
         return found
 
     async def _properties(self, types: tuple[str, ...]) -> tuple[dict[str, Any], dict[str, Any] | None]:
         properties.check_types(types)
         state, stats = await self.state(), None
-        found = properties.basic(self.id, str(state.get("state", "")))
-        if "Statistics" in types:
-            stats = await self._ask("container.stats", "stats")
-            found["Statistics"] = properties.statistics(stats, int(state.get("started_ns") or 0))
-        if "ProcessList" in types:
-            found["ProcessList"] = properties.process_list(await self._ask("container.processes", "processes"))
+        with answer_of_guest("statistics of a container"):
+            found = properties.basic(self.id, str(state.get("state", "")))
+            if "Statistics" in types:
+                stats = await self._ask("container.stats", "stats")
+                found["Statistics"] = properties.statistics(stats, int(state.get("started_ns") or 0))
+            if "ProcessList" in types:
+                found["ProcessList"] = properties.process_list(await self._ask("container.processes", "processes"))
         return found, stats
 
     async def _ask(self, method: str, field: str) -> Any:

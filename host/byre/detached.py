@@ -19,7 +19,15 @@ from byre_proto.errors import from_wire, printable
 
 from . import errors, peer, rundir
 from .bridge import Bridge
-from .errors import ByreError, ConnectionLost, DeadlineExceeded, MachineFailed, PermissionRefused, VMNotFound
+from .errors import (
+    ByreError,
+    ConnectionLost,
+    DeadlineExceeded,
+    MachineFailed,
+    PermissionRefused,
+    VMNotFound,
+    host_failed,
+)
 from .journal import Events, KeeperJournal
 from .machines.balloon import Reclaimed
 from .owner import DiskPlace, Owner
@@ -40,8 +48,8 @@ DEFAULT = rundir.DEFAULT
 #: seconds: the longest boot that was seen under emulation on a loaded machine, ten times over.
 START_LIMIT = 600.0
 
-#: How long a keeper may take to give a boot up, in seconds.
-CANCEL_LIMIT = 30.0
+#: How long a keeper may take to give a boot up, in seconds: it kills its machine.  One that takes longer hangs.
+CANCEL_LIMIT = 4.0
 
 #: A client that comes while the VM boots waits this long for it, in seconds.
 ATTACH_TIMEOUT = 120.0
@@ -60,14 +68,8 @@ async def start(name: str = DEFAULT, options: dict[str, Any] | None = None, *, k
     the module that is run (tests play one).
     """
     rundir.find(name)
-    process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-P", "-m", keeper, name, json.dumps(options or {})),
-        stdin=asyncio.subprocess.PIPE,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.STDOUT,
-        start_new_session=True,
-        env={**os.environ, "PYTHONPATH": _search_path()},
-    )
+    with host_failed("a keeper cannot be started"):
+        process = await _spawn(name, options or {}, keeper)
     assert process.stdin is not None and process.stdout is not None
     report = asyncio.create_task(_read(process.stdout))
     try:
@@ -76,8 +78,19 @@ async def start(name: str = DEFAULT, options: dict[str, Any] | None = None, *, k
             raise DeadlineExceeded(f"the keeper of {name!r} did not say within {START_LIMIT:g} s how the boot went")
     finally:
         process.stdin.close()  # unless it is ready, this ends the keeper
-        await asyncio.shield(_finish(process, report))
+        await asyncio.shield(_finish(name, process, report))
     _understand(name, report.result())
+
+
+async def _spawn(name: str, options: dict[str, Any], keeper: str) -> asyncio.subprocess.Process:
+    return await asyncio.create_subprocess_exec(
+        *(sys.executable, "-P", "-m", keeper, name, json.dumps(options)),
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.STDOUT,
+        start_new_session=True,
+        env={**os.environ, "PYTHONPATH": _search_path()},
+    )
 
 
 async def _read(pipe: asyncio.StreamReader) -> bytes:
@@ -93,9 +106,17 @@ def _search_path() -> str:
     return os.pathsep.join(os.path.abspath(path) for path in sys.path if path)
 
 
-async def _finish(process: asyncio.subprocess.Process, report: asyncio.Task[bytes]) -> None:
-    """Until the keeper has let go of our pipes, so that what it tidies is tidied."""
+async def _finish(name: str, process: asyncio.subprocess.Process, report: asyncio.Task[bytes]) -> None:
+    """Until the keeper has let go of our pipes, so that what it tidies is tidied; one that hangs is killed."""
     await asyncio.wait((report,), timeout=CANCEL_LIMIT)
+    if not report.done():
+        with contextlib.suppress(VMNotFound):
+            keeper = _open_keeper(name)
+            try:
+                await _kill(keeper)
+            finally:
+                os.close(keeper)
+        rundir.sweep(name)
     report.cancel()
     await process.wait()
 
@@ -158,11 +179,7 @@ async def end(name: str = DEFAULT, timeout: float = 10.0) -> None:
     The guest has `timeout` seconds to end in order.  A keeper that does not answer is killed, and its VM dies with
     it.  Raises `VMNotFound`.
     """
-    with rundir.connect(name) as probe:
-        pid = _peer(probe)
-        keeper = os.pidfd_open(
-            pid
-        )  # by the descriptor, so that it is this process and no later one that we wait for
+    keeper = _open_keeper(name)
     try:
         with contextlib.suppress(ConnectionLost, TimeoutError):
             async with asyncio.timeout(timeout + END_MARGIN):
@@ -172,11 +189,21 @@ async def end(name: str = DEFAULT, timeout: float = 10.0) -> None:
                 finally:
                     await bridge.close()
         if not await _ended(keeper, END_MARGIN):
-            signal.pidfd_send_signal(keeper, signal.SIGKILL)
-            await _ended(keeper, END_MARGIN)
+            await _kill(keeper)
     finally:
         os.close(keeper)
     rundir.sweep(name)
+
+
+def _open_keeper(name: str) -> int:
+    """A descriptor of the keeper, so that it is this process and no later one that is waited for, or killed."""
+    with rundir.connect(name) as probe:
+        return os.pidfd_open(_peer(probe))
+
+
+async def _kill(keeper: int) -> None:
+    signal.pidfd_send_signal(keeper, signal.SIGKILL)
+    await _ended(keeper, END_MARGIN)
 
 
 async def _ended(pidfd: int, timeout: float) -> bool:

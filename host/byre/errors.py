@@ -7,6 +7,9 @@ first and must not blindly repeat the second.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 from byre_proto.errors import (
     AddressInUse,
     ByreError,
@@ -83,6 +86,42 @@ class MachineFailed(ByreError, OSError):
     """The virtual machine could not be started, or did what it must not."""
 
     code = "machine-failed"
+
+
+class HostFailed(ByreError, OSError):
+    """This host's kernel refuses what is needed: a descriptor, room on a disk, a writable directory, a process."""
+
+    code = "host-failed"
+
+
+@contextlib.contextmanager
+def host_failed(what: str) -> Iterator[None]:
+    """In the block an OSError that is none of byre's becomes `HostFailed`; `what` is what could not be done."""
+    try:
+        yield
+    except ByreError:
+        raise
+    except OSError as error:
+        reason = f"{error.strerror or repr(error)}" + (f": {error.filename}" if error.filename else "")
+        raise HostFailed(f"{what}: {reason}", errno=error.errno) from error
+
+
+class AnswerInvalid(ByreError, ValueError):
+    """The guest answered with what no agent of ours answers: it is hostile, or of another version."""
+
+    code = "answer-invalid"
+
+
+@contextlib.contextmanager
+def answer_of_guest(what: str) -> Iterator[None]:
+    """In the block an answer is read whose insides the wire's table does not check: whatever reading it raises is
+    the guest's fault."""
+    try:
+        yield
+    except ByreError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, OSError) as error:
+        raise AnswerInvalid(f"the guest's {what} cannot be read", hint="is its agent of this version?") from error
 
 
 class BootFailed(MachineFailed):
@@ -202,6 +241,7 @@ class VMExists(ByreError, FileExistsError):
 __all__ = [
     "AcceleratorUnavailable",
     "AddressInUse",
+    "AnswerInvalid",
     "BootFailed",
     "BootTimeout",
     "ByreError",
@@ -216,6 +256,7 @@ __all__ = [
     "DeadlineExceeded",
     "DiskInUse",
     "FileFailed",
+    "HostFailed",
     "ImageInvalid",
     "ImageNotFound",
     "InvalidRequest",

@@ -107,12 +107,10 @@ def main(boot: Boot | None = None) -> None:
         asyncio.run(keeper.run(boot or _boot_vm, options))
     except ByreError as error:
         log.error("! %s", error)
-        claim.release()
-        _report(report, {"error": to_wire(error)})
+        _fail(claim, report, error)
     except BaseException as error:
         log.exception("! the keeper failed")
-        claim.release()
-        _report(report, {"error": to_wire(ByreError(f"the keeper failed: {error!r}"))})
+        _fail(claim, report, ByreError(f"the keeper failed: {error!r}"))
     finally:
         os.close(report)
 
@@ -320,6 +318,15 @@ def _log_to(run: rundir.RunDir) -> None:
         os.dup2(null.fileno(), 0)
         os.dup2(out.fileno(), 1)
         os.dup2(out.fileno(), 2)
+
+
+def _fail(claim: rundir.Claim, report: int, error: ByreError) -> None:
+    """What it fails of may also keep it from tidying: a full disk, say."""
+    try:
+        claim.release()
+    except ByreError as left:
+        log.error("! %s", left)
+    _report(report, {"error": to_wire(error)})
 
 
 def _report(fd: int, answer: dict[str, Any]) -> None:

@@ -1,7 +1,8 @@
 """`LocalHost`: the agent as a child process of this one, over a socket pair.  The same code with no VM.
 
 Rule: nothing is isolated here; it is for tests, and for trying the interfaces.  The agent ends when its end of the
-socket pair does, and kills what it started, so nothing outlives its owner, however that dies.
+socket pair does, and kills what it started, so nothing outlives its owner, however that dies.  An agent that hangs
+is killed with what descends from it; one that somebody else kills by force leaves its processes to the system.
 """
 
 from __future__ import annotations
@@ -9,14 +10,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import signal
 import socket
 import sys
 
 from .agenthost import AgentHost
 from .bridge import Bridge
 
-#: How long the agent may take to kill what it started, in seconds.
-STOP_TIMEOUT = 10.0
+#: How long the agent may take to kill what it started, in seconds: it takes milliseconds.
+STOP_TIMEOUT = 4.0
 
 #: The child finds the packages where this process found them; its environment stays as it is, since the processes
 #: that it makes inherit it.
@@ -59,9 +61,21 @@ class LocalHost(AgentHost):
                 async with asyncio.timeout(STOP_TIMEOUT):
                     await self._agent.wait()
             except TimeoutError:
-                with contextlib.suppress(ProcessLookupError):
-                    self._agent.kill()
+                for pid in _descendants(self._agent.pid):
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGKILL)
                 await self._agent.wait()
+
+
+def _descendants(pid: int) -> list[int]:
+    """A process and all that descends from it, parents first."""
+    found = [pid]
+    for each in found:
+        with contextlib.suppress(OSError):  # it has ended
+            for task in os.listdir(f"/proc/{each}/task"):
+                with open(f"/proc/{each}/task/{task}/children") as children:
+                    found += map(int, children.read().split())
+    return found
 
 
 def _packages() -> str:

@@ -25,7 +25,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from .errors import ByreError, InvalidRequest, PermissionRefused, VMExists, VMNotFound
+from .errors import InvalidRequest, PermissionRefused, VMExists, VMNotFound, host_failed
 
 if TYPE_CHECKING:
     from typing import Any
@@ -76,8 +76,9 @@ class RunDir(NamedTuple):
     def write_info(self, **info: Any) -> None:
         """Replace what the keeper says about itself, in one step."""
         new = self.path / "info.new"
-        new.write_text(json.dumps(info))
-        new.replace(self.path / "info")
+        with host_failed("cannot write the run directory"):
+            new.write_text(json.dumps(info))
+            new.replace(self.path / "info")
 
 
 class Claim:
@@ -88,24 +89,31 @@ class Claim:
         self._fd = fd
 
     def release(self) -> None:
-        """Remove what is in the directory, the lock last: the next of the name begins with that.  Repeatable."""
+        """Remove what is in the directory, the lock last: the next of the name begins with that.  Repeatable.
+
+        Raises `HostFailed`; the directory is dead then, for the next one to remove.
+        """
         if self._fd < 0:
             return
         try:
-            _empty(self.run)
-            self.run.lock.unlink()
-            with contextlib.suppress(OSError):  # the next of the name is in it already
-                self.run.path.rmdir()
+            with host_failed("cannot remove the run directory"):
+                _empty(self.run)
+                self.run.lock.unlink()
+                with contextlib.suppress(OSError):  # the next of the name is in it already
+                    self.run.path.rmdir()
         finally:
-            self._let_go()
+            self.give_up()
 
     def abandon(self, reason: str) -> None:
         """Let go of the name and leave the directory, as dead, with the reason: `byre ps` shows and removes it."""
-        self.run.write_info(**{**self.run.info(), "died": reason})
-        self.run.socket.unlink(missing_ok=True)
-        self._let_go()
+        try:
+            self.run.write_info(**{**self.run.info(), "died": reason})
+            self.run.socket.unlink(missing_ok=True)
+        finally:
+            self.give_up()
 
-    def _let_go(self) -> None:
+    def give_up(self) -> None:
+        """Let go of the name, and nothing else."""
         os.close(self._fd)
         self._fd = -1
 
@@ -117,7 +125,8 @@ def base() -> Path:
         path = Path(runtime, "byre")
     else:
         path = Path(f"/tmp/byre-{os.geteuid()}")
-    path.mkdir(mode=0o700, exist_ok=True)
+    with host_failed("cannot make the directory of run directories"):
+        path.mkdir(mode=0o700, exist_ok=True)
     status = path.lstat()
     if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid() or status.st_mode & 0o077:
         raise PermissionRefused(
@@ -145,34 +154,46 @@ def find(name: str) -> RunDir:
 def claim(name: str) -> Claim:
     """Take a name, and the directory over from a dead keeper.  Raises `VMExists` while another has it."""
     run = find(name)
-    fd = _lock(run)
-    _empty(run)
-    run.tmp.mkdir(mode=0o700)
-    return Claim(run, fd)
+    claim = Claim(run, _lock(run))
+    try:
+        with host_failed("cannot make the run directory"):
+            _empty(run)
+            run.tmp.mkdir(mode=0o700)
+    except BaseException:
+        claim.give_up()
+        raise
+    return claim
 
 
 def connect(name: str) -> socket.socket:
     """A connected socket of the keeper of this name, the caller's to close.  Raises `VMNotFound`."""
-    run = find(name)
-    channel = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
-    try:
-        channel.connect(os.fspath(run.socket))
-    except (FileNotFoundError, ConnectionRefusedError):
-        channel.close()
-        raise VMNotFound(f"no VM named {name!r} is up", hint=_others(name)) from None
-    except OSError as error:
-        channel.close()
-        raise ByreError(f"cannot reach the keeper of {name!r}: {error.strerror}") from error
+    channel = _connect(find(name))
+    if channel is None:
+        raise VMNotFound(f"no VM named {name!r} is up", hint=_others(name))
     return channel
 
 
 def is_up(name: str) -> bool:
     """Whether a keeper of this name takes clients; its VM may still be booting."""
-    try:
-        connect(name).close()
-    except VMNotFound:
-        return False
-    return True
+    channel = _connect(find(name))
+    if channel is not None:
+        channel.close()
+    return channel is not None
+
+
+def _connect(run: RunDir) -> socket.socket | None:
+    """None: nobody listens.  Raises `HostFailed`."""
+    with host_failed(f"cannot reach the keeper of {run.name!r}"):
+        channel = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        try:
+            channel.connect(os.fspath(run.socket))
+        except (FileNotFoundError, ConnectionRefusedError):
+            channel.close()
+            return None
+        except OSError:
+            channel.close()
+            raise
+        return channel
 
 
 def names() -> list[str]:
@@ -218,7 +239,12 @@ def _empty(run: RunDir) -> None:
 
 
 def _lock(run: RunDir) -> int:
-    """The exclusive lock of a directory, made if need be, as a descriptor.  Raises `VMExists`."""
+    """The exclusive lock of a directory, made if need be, as a descriptor.  Raises `VMExists`, `HostFailed`."""
+    with host_failed(f"cannot lock the run directory of {run.name!r}"):
+        return _lock_it(run)
+
+
+def _lock_it(run: RunDir) -> int:
     patience = time.monotonic() + LOCK_PATIENCE
     while True:
         run.path.mkdir(mode=0o700, exist_ok=True)

@@ -22,7 +22,15 @@ from . import clone, creation, pod
 from .container import GuestContainer, InitStreams
 from .creation import ContainerOptions
 from .disks import Layers
-from .errors import ByreError, ConnectionLost, ContainerNotFound, DeadlineExceeded, InvalidRequest, MachineFailed
+from .errors import (
+    ByreError,
+    ConnectionLost,
+    ContainerNotFound,
+    DeadlineExceeded,
+    InvalidRequest,
+    MachineFailed,
+    host_failed,
+)
 from .health import Health
 from .machines.spawn import in_thread
 from .mounts import host_path
@@ -109,12 +117,17 @@ class UtilityVM(GuestProcessHost):
     async def start(self, progress: Callable[[str], None] | None = None) -> None:
         """Boot or clone it, and wait until the agent answers.
 
-        Raises `BootFailed`, `BootTimeout` (B40), `AcceleratorUnavailable`, `ToolMissing`, ...; after an error or a
-        cancellation nothing is left (B41).  `progress` hears of the image's build, when there has to be one.
+        Raises `BootFailed`, `BootTimeout` (B40), `AcceleratorUnavailable`, `ToolMissing`, `HostFailed`, ...; after
+        an error or a cancellation nothing is left (B41).  `progress` hears of the image's build, when there has to
+        be one.
         """
         if self._started:
             raise MachineFailed("a VM starts once", hint="make another one")
         self._started = True
+        with host_failed("the VM cannot be started"):
+            await self._start(progress)
+
+    async def _start(self, progress: Callable[[str], None] | None) -> None:
         if self._detached:
             await self._launch()
             return

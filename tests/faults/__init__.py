@@ -2,8 +2,7 @@
 
     python -m tests.faults --rounds N --seed S
 
-A round is a VM of its own in which a *phase* goes on (`phases`), a *strike* that comes at some moment of it
-(`strikes`), and a look at what is there afterwards (`leftovers`).  Which phase meets which strike, and when,
-follows from the seed.  Beside all rounds one other VM is up, which must not
-notice.
+A round is a VM, a keeper or an agent (`places`) in which a *phase* goes on (`phases`), a *strike* that comes at
+some moment of it (`strikes`), and a look at what is there afterwards (`leftovers`).  Which phase meets which
+strike, and when, follows from the seed.  Beside all rounds one other VM is up, which must not notice.
 """

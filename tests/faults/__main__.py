@@ -13,192 +13,160 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import os
 import random
 import sys
-import tempfile
 import time
-import traceback
 from collections import Counter
+from typing import Any
 
 import byre
-from byre.errors import ByreError
+from byre import rundir
 from tests.conftest import machine_options
 from tests.images import busybox_layout
 
 from . import leftovers
-from .phases import PHASES, Phase
-from .strikes import HARMS, NOTHING, STRIKES, Strike
-from .world import DEADLINE, GRACE, Hung, World, emulators, whereabouts
-
-#: Longest time before a strike, in seconds: the work of every phase, once or twice.
-BEFORE = 1.5
-
-#: Seconds that a phase's work, a VM's end, and a guest's return to what it was may take.
-WORK = 200.0
-END = 15.0
-SETTLE = 15.0
-
-#: Of what is left over in a guest.
-SHOWN = 8
+from .phases import IN_CONTAINERS, PHASES, Phase, containers
+from .places import Local, Own, Place
+from .round import Found, closed, one
+from .strikes import STRIKES, Strike
+from .surroundings import small_disk, with_own_mounts
+from .world import DEADLINE, World
 
 VERDICTS = ("hung", "lost", "wrong", "leftover")
 
-#: What a VM of each phase has when nothing went wrong.
-Usual = dict[str, list[str]]
+#: Rounds that a VM is used for when none of them harms it: what only grows slowly is seen, and a round is cheap.
+USES = 50
 
 
-async def main(rounds: int, seed: int, only: str) -> int:
-    options = machine_options()
-    image = f"oci:{busybox_layout()}"
-    strikes = [strike for strike in STRIKES if only in strike.name]
-    pairs = in_turn(list(PHASES), strikes, random.Random(seed))
-    counts: Counter[tuple[str, str]] = Counter()
-    bad: Counter[str] = Counter()
-    unheard: list[str] = []  # errors that nobody took
-    asyncio.get_running_loop().set_exception_handler(lambda _, context: unheard.append(str(context)))
-    async with byre.UtilityVM(**options) as bystander:
-        usual = {}
-        for phase in PHASES:
-            usual[phase.__name__] = await undisturbed(phase, image, options)
-        for number in range(rounds):
-            phase, strike = pairs[number % len(pairs)]
-            counts[phase.__name__, strike.name] += 1
-            host = leftovers.Host()
-            found = await one(phase, strike, random.Random(f"{seed}/{number}"), image, options, usual)
-            found += [("leftover", line) for line in sorted(await host.more())]
-            try:
-                async with asyncio.timeout(DEADLINE):
-                    await bystander.run(["true"], check=True)
-            except Exception as error:
-                found.append(("lost", f"the bystander: {error!r}"))
-            found += [("wrong", text) for text in unheard]
-            unheard.clear()
-            for verdict in {verdict for verdict, _ in found}:
-                bad[verdict] += 1
-            for verdict, text in found:
-                print(
-                    f"round {number} (seed {seed}): {phase.__name__}, {strike.name}: {verdict}: {text}", flush=True
-                )
-    table(counts)
-    print(f"rounds={rounds} " + " ".join(f"{verdict}={bad[verdict]}" for verdict in VERDICTS))
-    return 1 if bad.total() else 0
+class Rounds:
+    """What the rounds have in common, and what they found."""
+
+    def __init__(self, seed: int) -> None:
+        self.options: dict[str, Any] = machine_options()
+        self.image = f"oci:{busybox_layout()}"
+        self.seed = seed
+        self.counts: Counter[tuple[str, str]] = Counter()
+        self.bad: Counter[str] = Counter()
+        self._usual: Counter[str] = Counter()
+        self._used: dict[type[Place], tuple[Place, int]] = {}  # those that live on, and how often they were used
+        self._unheard: list[str] = []  # errors that nobody took
+
+    async def run(self, pairs: list[tuple[Phase, Strike]], numbers: range) -> None:
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: self._unheard.append(str(context)))
+        async with byre.UtilityVM(**self.options) as bystander:
+            self._usual = await self._undisturbed()
+            rundir.base()  # so that it is nobody's leftover
+            for number in numbers:
+                phase, strike = pairs[number % len(pairs)]
+                self.counts[phase.__name__, strike.name] += 1
+                found = await self._one(phase, strike, random.Random(f"{self.seed}/{number}"))
+                try:
+                    async with asyncio.timeout(DEADLINE):
+                        await bystander.run(["true"], check=True)
+                except Exception as error:
+                    found.append(("lost", f"the bystander: {error!r}"))
+                found += [("wrong", text) for text in self._unheard]
+                self._unheard.clear()
+                self.bad.update({verdict for verdict, _ in found})
+                where = f"round {number} (seed {self.seed}): {phase.__name__}, {strike.name}"
+                for verdict, text in found:
+                    print(f"{where}: {verdict}: {text}", flush=True)
+            for kind in list(self._used):
+                await self._retire(kind)
+
+    async def _undisturbed(self) -> Counter[str]:
+        """Every phase's work with no strike: it has to be right, and shows what it leaves in its VM."""
+        place = Own(self.options)
+        await place.start()
+        try:
+            for phase in PHASES:
+                await phase(World(place, self.image, random.Random(0)))
+            return Counter(await leftovers.guest(place.vm))
+        finally:
+            await place.close()
+
+    async def _one(self, phase: Phase, strike: Strike, chance: random.Random) -> Found:
+        """A round on a place of its own, or on one that was used before and lives on."""
+        kind = strike.on
+        place, uses = self._used.pop(kind, (None, 0)) if strike.survived else (None, 0)
+        host = leftovers.Host()
+        if place is None:
+            place = kind(self.options)
+            await place.start()
+            if strike.survived:
+                place.usual = self._usual
+                await containers(World(place, self.image, chance))  # from now on it has its layers
+                host = leftovers.Host()
+        found = await one(phase, strike, place, chance, self.image)
+        if not strike.survived:
+            found += await closed(place)
+        for name in rundir.names():  # as `byre ps` does: what a dead keeper left is no leftover
+            rundir.sweep(name)
+        found += [("leftover", line) for line in await host.more()]
+        if strike.survived:
+            self._used[kind] = place, uses + 1
+            if found or uses + 1 == USES:
+                found += await self._retire(kind)
+        return found
+
+    async def _retire(self, kind: type[Place]) -> Found:
+        place, _ = self._used.pop(kind)
+        return await closed(place)
 
 
 def in_turn(phases: list[Phase], strikes: list[Strike], chance: random.Random) -> list[tuple[Phase, Strike]]:
-    """All pairs, and every strike and every phase as early as can be."""
+    """All pairs that can be, and every strike and every phase as early as can be."""
     chance.shuffle(phases)
     chance.shuffle(strikes)
-    lines = range(len(phases))
-    return [(phases[(line + row) % len(phases)], strike) for line in lines for row, strike in enumerate(strikes)]
+    pairs = []
+    for line in range(len(phases)):
+        for row, strike in enumerate(strikes):
+            possible = [phase for phase in phases if can_be(phase, strike)]
+            if line < len(possible):
+                pairs.append((possible[(line + row) % len(possible)], strike))
+    return pairs
 
 
-async def undisturbed(phase: Phase, image: str, options: dict[str, object]) -> list[str]:
-    """The phase's work with no strike: it has to be right, and shows what it leaves in its VM."""
-    async with byre.UtilityVM(**options) as vm:
-        await phase(World(vm, image, random.Random(0), options, emulators()))
-        return await leftovers.guest(vm)
-
-
-async def one(
-    phase: Phase, strike: Strike, chance: random.Random, image: str, options: dict[str, object], usual: Usual
-) -> list[tuple[str, str]]:
-    """One round; what was bad about it."""
-    found: list[tuple[str, str]] = []
-    machines = emulators()
-    vm = byre.UtilityVM(**options)
-    await vm.start()
-    world = World(vm, image, chance, options, machines, strike.deadline or DEADLINE, strike.follows == HARMS)
-    working = asyncio.create_task(work(phase, world))
-    try:
-        await asyncio.wait({working}, timeout=chance.uniform(0, BEFORE))
-        striking = asyncio.create_task(strike.does(world))
-        await asyncio.wait({striking}, timeout=DEADLINE + GRACE)
-        world.struck.set()
-        if not striking.done():
-            striking.cancel()
-            found.append(("hung", f"the strike itself: {whereabouts(striking)}"))
-        await asyncio.wait({striking})
-        if not striking.cancelled() and (error := striking.exception()) and strike.follows in (HARMS, NOTHING):
-            found.append(("wrong", f"the strike itself: {error!r}"))
-        await asyncio.wait({working}, timeout=WORK)
-        found += judge(working, strike)
-        if not found and strike.follows in (HARMS, NOTHING):
-            found += await settled(vm, usual[phase.__name__], working.exception())
-    finally:
-        working.cancel()
-        await asyncio.wait({working}, timeout=GRACE)
-        closing = asyncio.create_task(vm.close())
-        await asyncio.wait({closing}, timeout=END)
-        if not closing.done():
-            found.append(("hung", f"the VM's end: {whereabouts(closing)}"))
-    return found
-
-
-async def work(phase: Phase, world: World) -> None:
-    """The phase's work again and again, the last time from begin to end after the strike, or until it fails."""
-    after = False
-    while not after:
-        after = world.struck.is_set()
-        await phase(world)
-
-
-def judge(working: asyncio.Task[None], strike: Strike) -> list[tuple[str, str]]:
-    """What is bad about how the work ended."""
-    if not working.done():
-        return [("hung", f"the work itself: {whereabouts(working)}")]
-    error = working.exception()
-    if isinstance(error, Hung):
-        return [("hung", str(error))]
-    if error is None or (isinstance(error, (ByreError, TimeoutError)) and strike.follows != NOTHING):
-        return []
-    return [("wrong", "".join(traceback.format_exception(error)))]
-
-
-async def settled(vm: byre.UtilityVM, usual: list[str], error: BaseException | None) -> list[tuple[str, str]]:
-    """What a VM that lives on has more than it should, after some time; or that it does not live on."""
-    now = asyncio.get_running_loop().time
-    deadline = now() + SETTLE
-    while True:
-        try:
-            found = await leftovers.guest(vm)
-        except Exception as error:
-            return [("lost", f"the VM: {error!r}\n{vm.console_tail(20)}")]
-        more = list((Counter(found) - Counter(usual)).elements())
-        if not more:
-            return []
-        if now() > deadline:
-            made = [(each["id"], each["state"]) for each in await vm.containers()]
-            what = (
-                f"{', '.join(more[:SHOWN])} ({len(more)} in all); containers: {made}; the work ended with {error!r}"
-            )
-            return [("leftover", what)]
-        await asyncio.sleep(0.3)
+def can_be(phase: Phase, strike: Strike) -> bool:
+    """LocalHost has no containers."""
+    return not (strike.on is Local and phase in IN_CONTAINERS)
 
 
 def table(counts: Counter[tuple[str, str]]) -> None:
     """How often each strike met each phase."""
-    names = [phase.__name__ for phase in PHASES]
     wide = max(len(strike.name) for strike in STRIKES)
-    print(" " * wide, *(f"{name:>10}" for name in names))
+    print(" " * wide, *(f"{phase.__name__:>10}" for phase in PHASES))
     for strike in STRIKES:
-        print(f"{strike.name:<{wide}}", *(f"{counts[name, strike.name]:>10}" for name in names))
+        cells = (counts[phase.__name__, strike.name] if can_be(phase, strike) else "-" for phase in PHASES)
+        print(f"{strike.name:<{wide}}", *(f"{cell:>10}" for cell in cells))
 
 
 def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.faults", description="See tests/README.md.")
-    parser.add_argument("--rounds", type=int, default=len(PHASES) * len(STRIKES))
+    parser.add_argument("--rounds", type=int, help="(default: every strike in every phase once)")
+    parser.add_argument(
+        "--first", type=int, default=0, help="round to begin with: %(default)s, or one to be repeated"
+    )
     parser.add_argument("--only", default="", metavar="STRIKE", help="a part of a strike's name")
     parser.add_argument("--seed", type=int, default=int(time.time()))
     return parser.parse_args()
 
 
-if __name__ == "__main__":
+def main() -> int:
     arguments = parsed()
     print(f"seed {arguments.seed}")
-    with tempfile.TemporaryDirectory(prefix="byre-faults-") as folder:
-        for variable in ("TMPDIR", "XDG_RUNTIME_DIR"):
-            os.environ[variable] = os.path.join(folder, variable)
-            os.mkdir(os.environ[variable], 0o700)
-        tempfile.tempdir = None  # it is looked up once
-        sys.exit(asyncio.run(main(arguments.rounds, arguments.seed, arguments.only)))
+    strikes = [strike for strike in STRIKES if arguments.only in strike.name]
+    pairs = in_turn(list(PHASES), strikes, random.Random(arguments.seed))
+    count = arguments.rounds or len(pairs)
+    numbers = range(arguments.first, arguments.first + count)
+    rounds = Rounds(arguments.seed)
+    with small_disk():
+        asyncio.run(rounds.run(pairs, numbers))
+    table(rounds.counts)
+    print(f"rounds={count} " + " ".join(f"{verdict}={rounds.bad[verdict]}" for verdict in VERDICTS))
+    return 1 if rounds.bad.total() else 0
+
+
+if __name__ == "__main__":
+    with_own_mounts("tests.faults")
+    sys.exit(main())

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import tempfile
 import threading
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from .world import children, name_of
+from .places import descendants, name_of
 
 #: Seconds in which what is ending must be gone.
 PATIENCE = 5.0
@@ -34,28 +36,30 @@ find /tmp /run -xdev
 
 
 class Host:
-    """This process's descriptors, threads, children, tasks and files, against those of the beginning."""
+    """This process's descriptors, threads, tasks and files, and all processes that came of it, against those of the
+    beginning."""
 
     def __init__(self) -> None:
         self._before = self._now()
 
-    def _now(self) -> set[str]:
-        found = {f"descriptor {fd}: {_target(fd)}" for fd in os.listdir("/proc/self/fd") if _target(fd)}
-        found |= {f"thread {thread.name} {thread.ident}" for thread in threading.enumerate()}
-        found |= {f"child {pid}: {name_of(pid)}" for pid in children()}
-        found |= {f"task {task.get_coro()!r}" for task in asyncio.all_tasks()}
+    def _now(self) -> Counter[str]:
+        """Numbers that the kernel gives at random are left out: another socket for the same purpose is no more."""
+        found = [f"descriptor of {target}" for fd in os.listdir("/proc/self/fd") if (target := _target(fd))]
+        found += [f"thread {thread.name}" for thread in threading.enumerate()]
+        found += [f"process {pid}: {name_of(pid)}" for pid in descendants()]
+        found += [f"task {getattr(task.get_coro(), '__qualname__', '')}" for task in asyncio.all_tasks()]
         for root in (tempfile.gettempdir(), os.environ["XDG_RUNTIME_DIR"]):
-            found |= {f"file {path}" for path in Path(root).rglob("*")}
-        return found
+            found += [f"file {path}" for path in Path(root).rglob("*")]
+        return Counter(found)
 
-    async def more(self) -> set[str]:
+    async def more(self) -> list[str]:
         """What there is more than at the beginning, after it has had time to go."""
         deadline = asyncio.get_running_loop().time() + PATIENCE
         while more := self._now() - self._before:
             if asyncio.get_running_loop().time() > deadline:
                 break
             await asyncio.sleep(0.05)
-        return more
+        return sorted(more.elements())
 
 
 async def guest(vm: Any) -> list[str]:
@@ -66,6 +70,6 @@ async def guest(vm: Any) -> list[str]:
 
 def _target(fd: str) -> str:
     try:
-        return os.readlink(f"/proc/self/fd/{fd}")
+        return re.sub(r"\[\d+\]|/proc/\d+", "", os.readlink(f"/proc/self/fd/{fd}"))
     except OSError:
         return ""

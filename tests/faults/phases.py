@@ -32,10 +32,9 @@ SENT_DIGEST = hashlib.sha256(SENT).hexdigest()
 
 async def boot(world: World) -> None:
     """A second VM begins and ends."""
-    async with world.using(world.another()) as vm:
-        expect(
-            (await world.call(vm.run(["echo", "up"], capture_output=True, timeout=world.deadline))).stdout, b"up\n"
-        )
+    async with world.another() as place:
+        command = place.vm.run(["echo", "up"], capture_output=True, timeout=world.deadline)
+        expect((await world.call(command)).stdout, b"up\n")
 
 
 async def status(world: World) -> None:
@@ -78,7 +77,7 @@ async def signalled(world: World) -> None:
 
 async def files(world: World) -> None:
     """A file is written, read and removed."""
-    path = f"/tmp/{world.random.randrange(10**9)}"
+    path = f"{world.place.folder}/{world.random.randrange(10**9)}"
     try:
         await world.call(world.vm.files.write(path, SENT))
         expect(hashlib.sha256(await world.call(world.vm.files.read(path))).hexdigest(), SENT_DIGEST)
@@ -104,12 +103,12 @@ async def execs(world: World) -> None:
 
 async def ending(world: World) -> None:
     """A second VM is shut down with a process in it."""
-    async with world.using(world.another()) as vm:
-        process = await world.call(vm.create_process(ProcessParameters(args=["sleep", "1000"])))
+    async with world.another() as place:
+        process = await world.call(place.vm.create_process(ProcessParameters(args=["sleep", "1000"])))
         waiting = asyncio.create_task(process.wait())
         await asyncio.sleep(0)
         try:
-            await world.call(vm.shutdown(timeout=2), 2)
+            await world.call(place.shutdown(), 2)
             expect((await world.call(waiting)).code, 128 + signal.SIGTERM)
         except ConnectionLost:
             pass  # the VM was gone first
@@ -119,6 +118,9 @@ async def ending(world: World) -> None:
 
 
 PHASES: tuple[Phase, ...] = (boot, status, output, input, signalled, files, containers, execs, ending)
+
+#: Those that need a VM.
+IN_CONTAINERS = (containers, execs)
 
 
 def expect(found: object, wanted: object) -> None:

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import random
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, TypeVar
 
 import byre
 from byre.errors import ByreError
+
+from .places import Place, emulators
 
 #: Seconds that one call may take, and the longest that it may be overdue.
 DEADLINE = 60.0
@@ -40,18 +40,25 @@ class Hung(Exception):
 class World:
     """One round's.
 
-    `deadline` is what calls have; `may_kill`: the strike may end a command by SIGKILL; `machines` are the emulators
-    that there were before.
+    `deadline` is what calls have; `may_kill`: the strike may end a command by SIGKILL; `latest` is the place that
+    was begun last, `client` the process that does the work where that is another one.
     """
 
-    vm: Any
+    place: Place
     image: str
     random: random.Random
-    options: dict[str, Any]
-    machines: frozenset[int]
     deadline: float = DEADLINE
     may_kill: bool = False
     struck: asyncio.Event = field(default_factory=asyncio.Event)
+    client: asyncio.subprocess.Process | None = None
+
+    def __post_init__(self) -> None:
+        self.latest = self.place
+        self._others = emulators() - {getattr(self.vm, "machine_pid", 0)}
+
+    @property
+    def vm(self) -> Any:
+        return self.place.vm
 
     async def call(self, awaitable: Awaitable[T], deadline: float | None = None) -> T:
         """Await it, cancelled at its deadline if it has none of its own.  Raises `Hung` when neither ends it."""
@@ -87,9 +94,15 @@ class World:
         finally:
             await self.call(self.again(lambda: made.__aexit__(*sys.exc_info())), CLOSING)
 
-    async def another(self) -> byre.UtilityVM:
-        """A VM of the phase's own, that is yet to begin."""
-        return byre.UtilityVM(**self.options, boot_timeout=self.deadline)
+    @asynccontextmanager
+    async def another(self) -> AsyncIterator[Place]:
+        """A second place, the phase's own."""
+        place = self.latest = self.place.another(self.deadline)
+        try:
+            await self.call(place.start())
+            yield place
+        finally:
+            await self.call(place.close(), CLOSING)
 
     async def again(self, step: Callable[[], Awaitable[object]]) -> None:
         """Take something back: once more, where the strike made the first try fail."""
@@ -101,8 +114,16 @@ class World:
                 await step()
 
     def newest_machine(self) -> int:
-        """The emulator that this round started last: of the second VM, where a phase boots one; 0: none."""
-        return max(emulators() - self.machines, default=0)
+        """Of the second VM, where a phase has begun one; 0: none."""
+        return max(emulators() - self._others, default=0)
+
+
+async def repeated(phase: Callable[[World], Awaitable[None]], world: World) -> None:
+    """The phase's work again and again, the last time from begin to end after the strike, or until it fails."""
+    after = False
+    while not after:
+        after = world.struck.is_set()
+        await phase(world)
 
 
 async def _within(awaitable: Awaitable[T], deadline: float) -> T:
@@ -117,25 +138,3 @@ def whereabouts(task: asyncio.Task[Any]) -> str:
         places.append(f"{frame.f_code.co_qualname}:{frame.f_lineno}")
         coroutine = getattr(coroutine, "cr_await", None)
     return f"{' > '.join(places)} > {coroutine!r}"
-
-
-def emulators() -> frozenset[int]:
-    """Process ids of this process's children that are emulators."""
-    return frozenset(child for child in children() if name_of(child).startswith("qemu-system"))
-
-
-def children() -> frozenset[int]:
-    found: set[int] = set()
-    for task in Path("/proc/self/task").iterdir():
-        try:
-            found.update(map(int, (task / "children").read_text().split()))
-        except OSError:
-            pass  # a thread that has ended
-    return frozenset(found)
-
-
-def name_of(pid: int) -> str:
-    try:
-        return os.path.basename(Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[0].decode())
-    except OSError:
-        return ""

@@ -10,12 +10,12 @@ import pytest
 
 from byre_proto.connection import Connection
 
-from . import fuzz_connection
+from . import fuzz_connection, fuzz_library
 
 
 @pytest.mark.behaviour("B45")
-def test_twenty_thousand_frames_reach_every_type_in_every_state_and_escape_nowhere() -> None:
-    fuzzer = fuzz_connection.run(20_000, seed=1)
+def test_frames_of_every_type_reach_each_side_in_every_state_and_escape_nowhere() -> None:
+    fuzzer = fuzz_connection.run(12_000, seed=1)
     assert not fuzzer.missing(), fuzzer.table()
 
 
@@ -43,5 +43,20 @@ def test_it_runs_as_a_program() -> None:
         cwd=Path(__file__).parents[2],
         timeout=100,
     )
-    assert "frames in" in run.stdout, run.stderr
+    assert "frames\n" in run.stdout, run.stderr
     assert ("never reached" in run.stdout) == (run.returncode == 1)
+
+
+@pytest.mark.behaviour("B45")
+async def test_a_guest_that_lies_ends_what_waits_for_it_and_nothing_else() -> None:
+    report = await fuzz_library.to_host(1000, seed=1)
+    assert not report.wrong
+    assert report.ends["result"] and report.ends["ConnectionLost"]
+    assert report.ends["beside"] == 7
+
+
+@pytest.mark.behaviour("B45")
+async def test_an_agent_outlives_hosts_that_lie() -> None:
+    report = await fuzz_library.to_agent(3000, seed=1)
+    assert not report.wrong
+    assert report.ends["honest"] == 7

@@ -1,6 +1,7 @@
 """A keeper whose VM is played, run as a process of its own (`detached.start` with this module as the keeper).
 
-The options say what it plays: {"boot": "ready" | "fail" | "never" | "crash"}.
+The options say what it plays: {"boot": "ready" | "fail" | "never" | "crash"}, and {"lists": ...}: all that the
+guest says of its processes and containers.
 """
 
 from __future__ import annotations
@@ -143,6 +144,9 @@ async def boot(_: str, options: dict[str, Any]) -> AsyncIterator[Played]:
     guest, bridge = FakeGuest(theirs, {"forever": forever, "echo": echo}), Bridge(ours, label="played")
     guest.handlers["process.list"] = lambda _: {"processes": [describe(p) for p in guest.processes.values()]}
     guest.handlers["container.list"] = lambda _: {"containers": []}
+    if "lists" in options:
+        guest.handlers["process.list"] = lambda _: {"processes": options["lists"]}
+        guest.handlers["container.list"] = lambda _: {"containers": options["lists"]}
     await asyncio.gather(guest.open(), bridge.open(10))
     try:
         yield Played(bridge)

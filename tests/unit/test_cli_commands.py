@@ -117,6 +117,42 @@ def test_ps_shows_vms_and_processes_and_buries_the_dead(keeper: int) -> None:
     assert b"dead" not in byre("ps").stdout
 
 
+def test_ps_shows_what_a_guest_says_escaped_and_a_lie_as_an_error(keeper: int) -> None:
+    bad = "\x1b[2J\r\n%s{0}"
+    entry = {"process": 1, "pid": bad, "container": bad, "args": [bad, bad], "exit": None}
+    entry |= {"id": bad, "state": bad, "created_ns": 0}
+    for name, lists in (("escapes", [entry]), ("nonsense", [{"process": {}}]), ("nothing", [5])):
+        asyncio.run(detached.start(name, {"lists": lists}, keeper=KEEPER))
+    try:
+        done = byre("ps")
+    finally:
+        for name in ("escapes", "nonsense", "nothing"):
+            asyncio.run(detached.end(name))
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert b"\\x1b[2J" in done.stdout and not set(b"\x1b\r") & set(done.stdout)
+    states = {line.split()[0]: line.split()[1] for line in done.stdout.splitlines()[1:5]}
+    assert states == {b"default": b"up", b"escapes": b"up", b"nonsense": b"error:", b"nothing": b"error:"}
+
+
+COMMANDS = ("exec --vm echo", "shell", "stop c", "rm c", "logs c", "cp c:/x .", "port c")
+
+
+def test_every_command_notices_that_the_keeper_was_killed_and_ps_cleans_up(keeper: int, runtime: Path) -> None:
+    waiting = subprocess.Popen([sys.executable, "-m", "byre", "exec", "--vm", "forever"], stderr=subprocess.PIPE)
+    while b"forever" not in byre("ps").stdout:
+        assert waiting.poll() is None
+    os.kill(keeper, signal.SIGKILL)
+    _, said = waiting.communicate(timeout=TIMEOUT)
+    assert waiting.returncode == 125 and b"byre: error: " in said
+    for command in COMMANDS:
+        done = byre(*command.split())
+        assert done.returncode == 125, command
+        assert b"no VM named 'default' is up" in done.stderr, command
+    assert b"default  dead, removed: its keeper was killed" in byre("ps").stdout
+    assert list((runtime / "byre").iterdir()) == []
+    assert byre("down").returncode == 125
+
+
 def test_a_signal_ends_a_command_that_obeys_it(keeper: int) -> None:
     running = subprocess.Popen([sys.executable, "-m", "byre", "exec", "--vm", "forever"])
     while b"forever" not in byre("ps").stdout:

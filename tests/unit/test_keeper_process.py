@@ -5,10 +5,13 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import random
 import select
 import signal
 import socket
 import stat
+import subprocess
+import sys
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -16,12 +19,25 @@ from pathlib import Path
 import pytest
 
 from byre import detached, rundir
-from byre.errors import BootFailed, ByreError, ConnectionLost, InvalidRequest, MachineFailed, VMExists, VMNotFound
+from byre.errors import (
+    BootFailed,
+    ByreError,
+    ConnectionLost,
+    HostFailed,
+    InvalidRequest,
+    MachineFailed,
+    VMExists,
+    VMNotFound,
+)
 from byre.parameters import ProcessParameters
 from byre.process import start_process
+from tests.faults.places import descendants
 
 KEEPER = "tests.unit.played_keeper"
 TIMEOUT = 60.0
+
+#: Of keepers, and of who starts them.
+KILLS = 12
 
 
 @pytest.fixture(autouse=True)
@@ -191,6 +207,75 @@ def test_a_killed_keeper_ends_its_clients_calls_and_its_name_is_taken_over() -> 
         assert rundir.names() == ["a"] and not rundir.is_up("a")
         assert await start() != pid  # the stale directory is no obstacle
         await detached.end("a")
+
+    run(test)
+
+
+@pytest.mark.behaviour("B41")
+def test_a_keeper_that_hangs_does_not_keep_its_starter(runtime: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(detached, "CANCEL_LIMIT", 0.2)
+
+    async def test() -> None:
+        task = asyncio.create_task(start(boot="never"))
+        while not (runtime / "byre/a/tmp/booting").exists():
+            await asyncio.sleep(0.01)
+        pid = rundir.find("a").info()["pid"]
+        os.kill(pid, signal.SIGSTOP)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        wait_gone(pid)
+        assert list((runtime / "byre").iterdir()) == []
+
+    run(test)
+
+
+def test_killed_at_any_moment_a_keeper_leaves_nothing_that_confuses(runtime: Path) -> None:
+    life = (
+        "import asyncio; from byre import detached; "
+        f"asyncio.run(detached.start('a', keeper={KEEPER!r})); asyncio.run(detached.end('a'))"
+    )
+    chance = random.Random(1)
+    for _ in range(KILLS):
+        living = subprocess.Popen([sys.executable, "-c", life], start_new_session=True, stderr=subprocess.DEVNULL)
+        time.sleep(chance.uniform(0, 1))  # no event: any moment of a life of about a second
+        for pid in descendants():
+            os.kill(pid, signal.SIGKILL)
+        living.wait()
+        for pid in descendants():  # some of them were just made
+            kill(pid)
+        for name in rundir.names():
+            assert not rundir.is_up(name)
+            assert rundir.sweep(name)
+
+    async def test() -> None:
+        await start()
+        await detached.end("a")
+
+    run(test)
+    assert list((runtime / "byre").iterdir()) == []
+
+
+def test_of_several_that_are_dead_each_is_found_dead_and_removed(runtime: Path) -> None:
+    async def test() -> None:
+        names = ("a", "b", "c")
+        for pid in [await start(name) for name in names]:
+            kill(pid)
+        for name in names:
+            with pytest.raises(VMNotFound, match=f"no VM named '{name}' is up"):
+                await detached.attach(name)
+        assert all(rundir.sweep(name) for name in names)
+        assert list((runtime / "byre").iterdir()) == []
+
+    run(test)
+
+
+def test_a_run_directory_that_cannot_be_made_is_an_error_that_names_it(runtime: Path) -> None:
+    async def test() -> None:
+        (runtime / "byre").mkdir(mode=0o700)
+        (runtime / "byre" / "a").write_text("no directory")
+        with pytest.raises(HostFailed, match=r"run directory of 'a': File exists: .*/byre/a$"):
+            await start()
 
     run(test)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import byre
-from byre import ProcessParameters, errors
+from byre import ProcessParameters, errors, local
 
 SOON = 30.0
 
@@ -47,6 +47,19 @@ async def test_it_ends_with_all_that_it_started() -> None:
     await host.close()
     with pytest.raises(errors.ConnectionLost):
         await host.run(["true"])
+
+
+async def test_an_agent_that_hangs_is_killed_with_all_that_it_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(local, "STOP_TIMEOUT", 0.2)
+    async with byre.LocalHost() as host:
+        process = await host.create_process(
+            ProcessParameters(args=["sh", "-c", "sleep 1000 & echo $!; wait"], stdout=True)
+        )
+        assert host.pid is not None
+        assert process.stdio.stdout is not None
+        pids = [host.pid, process.pid, int(await process.stdio.stdout.readline())]
+        os.kill(host.pid, signal.SIGSTOP)
+    await gone(*pids)
 
 
 @pytest.mark.behaviour("B42")

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from byre.errors import InvalidRequest, MachineFailed, ResourceExhausted
+from byre.machines import disks
 from byre.machines.disks import MAX_DISKS, Disk, DiskTable
 
 
@@ -147,6 +148,30 @@ async def test_a_cancelled_removal_still_removes(bus: Recorder, files: list[Path
         await task
     assert not bus.plugged
     assert (await bus.table.attach(files[1], read_only=True)).target == disk.target
+
+
+@pytest.mark.parametrize("how", ["plug", "unplug"])
+def test_an_emulator_that_hangs_holds_a_cancellation_up_for_a_bounded_time(
+    how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(disks, "LATE", 0.05)
+
+    async def test(bus: Recorder, files: list[Path]) -> None:
+        if how == "unplug":
+            disk = await bus.table.attach(files[0], read_only=True)
+            bus.entered.clear()
+        bus.gate.clear()
+        work = bus.table.attach(files[0], read_only=True) if how == "plug" else bus.table.detach(disk)
+        task = asyncio.create_task(work)
+        await bus.entered.wait()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await asyncio.wait_for(task, 10)
+        bus.gate.set()
+        again = await bus.table.attach(files[0], read_only=True)
+        assert again.target == 1  # the first place is lost, whatever comes of it later
+
+    with_bus(test)(tmp_path)
 
 
 @with_bus

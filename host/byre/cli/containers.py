@@ -59,7 +59,7 @@ async def _rm(arguments: argparse.Namespace) -> int:
         for name in arguments.containers:
             container = await vm.open_container(name)
             try:
-                if not arguments.force and (await container.state())["state"] == "running":
+                if not arguments.force and (await container.state()).get("state") == "running":
                     raise ContainerNotReady(f"{name} is running", hint=f"byre stop {name}, or: byre rm -f {name}")
                 await container.delete()
             finally:

@@ -7,7 +7,14 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from byre import detached, rundir
-from byre.errors import ByreError, ConnectionLost, DeadlineExceeded, VMNotFound
+from byre.errors import (
+    AnswerInvalid,
+    ByreError,
+    ConnectionLost,
+    DeadlineExceeded,
+    VMNotFound,
+    answer_of_guest,
+)
 from byre.machines.spawn import in_thread
 
 from . import foreground, table
@@ -92,32 +99,47 @@ def ps(_: argparse.Namespace) -> int:
 
 
 async def _ps() -> int:
-    vms: list[tuple[object, ...]] = [("VM", "STATE", "KEEPER", "MEMORY", "ACCELERATOR", "UP")]
-    containers: list[tuple[object, ...]] = [("CONTAINER", "VM", "STATE", "PID", "CREATED", "COMMAND")]
-    processes: list[tuple[object, ...]] = [("PROCESS", "VM", "CONTAINER", "PID", "COMMAND")]
+    vms: Rows = [("VM", "STATE", "KEEPER", "MEMORY", "ACCELERATOR", "UP")]
+    containers: Rows = [("CONTAINER", "VM", "STATE", "PID", "CREATED", "COMMAND")]
+    processes: Rows = [("PROCESS", "VM", "CONTAINER", "PID", "COMMAND")]
     for name in rundir.names():
         info = rundir.find(name).info()
         if rundir.sweep(name):
             vms.append((name, f"dead, removed: {info.get('died', 'its keeper was killed')}", "", "", "", ""))
             continue
         state, found = await _look(name, info)
-        machine = found.get("machine", {})
         started = time.time() - info["started"] if "started" in info else 0
-        accelerator = str(machine.get("accelerator", "")).partition(":")[0]
-        vms.append(
-            (name, state, info.get("pid", ""), _memory(found.get("guest", {})), accelerator, table.age(started))
-        )
-        commands = {process["process"]: " ".join(process["args"]) for process in found.get("processes", ())}
-        for container in found.get("containers", ()):
-            containers.append(_container_row(name, container, commands))
-        for process in found.get("processes", ()):
-            if process["exit"] is None:
-                command = " ".join(process["args"])
-                processes.append((process["process"], name, process["container"], process["pid"], command))
+        age = table.age(started)
+        try:
+            with answer_of_guest("list of what runs in it"):
+                more = _rows(name, found)
+        except AnswerInvalid as error:
+            vms.append((name, f"error: {error.message}", info.get("pid", ""), "", "", age))
+            continue
+        vms.append((name, state, info.get("pid", ""), *more[0], age))
+        containers += more[1]
+        processes += more[2]
     for rows in (vms, containers, processes):
         if len(rows) > 1 or rows is vms:
             table.show(rows)
     return 0
+
+
+Rows = list[tuple[object, ...]]
+
+
+def _rows(name: str, found: dict[str, Any]) -> tuple[tuple[str, str], Rows, Rows]:
+    """Memory and accelerator of one VM, its containers, its processes."""
+    accelerator = str(found.get("machine", {}).get("accelerator", "")).partition(":")[0]
+    listed = found.get("processes", ())
+    commands = {process["process"]: " ".join(process["args"]) for process in listed}
+    containers = [_container_row(name, container, commands) for container in found.get("containers", ())]
+    processes: Rows = [
+        (process["process"], name, process["container"], process["pid"], commands[process["process"]])
+        for process in listed
+        if process["exit"] is None
+    ]
+    return (_memory(found.get("guest", {})), accelerator), containers, processes
 
 
 async def _look(name: str, info: dict[str, Any]) -> tuple[str, dict[str, Any]]:

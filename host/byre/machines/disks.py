@@ -16,7 +16,7 @@ import stat
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from byre.errors import InvalidRequest, MachineFailed, ResourceExhausted
+from byre.errors import DeadlineExceeded, InvalidRequest, MachineFailed, ResourceExhausted
 from byre.oci.files import Lease
 from byre_proto.errors import ByreError
 
@@ -28,6 +28,9 @@ logger = logging.getLogger(__name__)
 
 #: One disk per SCSI target; QEMU's virtio-scsi controller has targets 0 to 255, each with LUN 0.
 MAX_DISKS = 256
+
+#: How much later than it was told to a removal may give up, in seconds: an emulator that answers does so at once.
+LATE = 4.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +67,7 @@ class DiskTable:
         self._places: dict[tuple[int, int], _Place] = {}
         self._free = list(range(MAX_DISKS - 1, -1, -1))
         self._lost: list[Lease] = []
+        self._late: set[asyncio.Future[None]] = set()  # removals that nobody awaits any longer
         self._serials = itertools.count(1)
 
     async def attach(self, path: Path, *, read_only: bool, file: int | None = None) -> Disk:
@@ -101,31 +105,43 @@ class DiskTable:
             await self._plug(place.disk)
         except BaseException:
             try:
-                await self._remove(place)
+                await self._remove(place, LATE)
             except ByreError as error:  # what went wrong first is what the caller hears of
                 logger.warning("! the place of %s is lost: %s", place.disk.path, error)
             raise
         place.plugged = True
 
-    async def _remove(self, place: _Place) -> None:
-        """Unplug to the end, also when cancelled: half a removal is worse than a late cancellation."""
+    async def _remove(self, place: _Place, patience: float | None = None) -> None:
+        """Unplug to the end, also when cancelled: half a removal is worse than a late cancellation, but no later
+        than by LATE.  What takes longer goes on, and the place is lost."""
         place.plugged = False
         work = asyncio.ensure_future(self._unplug(place.disk))
         cancelled: asyncio.CancelledError | None = None
-        while not work.done():
+        waiting = True
+        while waiting and not work.done():
             try:
-                await asyncio.wait({work})
+                waiting = bool((await asyncio.wait({work}, timeout=patience))[0])
             except asyncio.CancelledError as error:
-                cancelled = error
-        place.lost = work.cancelled() or work.exception() is not None
+                cancelled, patience = error, LATE
+        if not work.done():
+            self._late.add(work)
+            work.add_done_callback(self._ended_late)
+        place.lost = not work.done() or work.cancelled() or work.exception() is not None
         if cancelled is not None:
             raise cancelled
+        if not work.done():
+            raise DeadlineExceeded(f"the disk {place.disk.path} was not removed within {patience} s")
         work.result()
 
     def path_of(self, serial: str) -> str:
         """Of the disk with this serial; "" where there is none."""
         disks = (place.disk for place in self._places.values())
         return next((str(disk.path) for disk in disks if disk.serial == serial), "")
+
+    def _ended_late(self, work: asyncio.Future[None]) -> None:
+        self._late.discard(work)
+        if not work.cancelled() and work.exception() is not None:
+            logger.warning("! a disk could not be removed: %s", work.exception())
 
     def _place_of(self, path: Path, read_only: bool, file: int | None) -> _Place:
         identity = _identity(path, file)

@@ -98,7 +98,7 @@ class Port(abc.ABC):
         self._bridge = self._get_bridge()
         if self.container:
             state = (await self._bridge.call("container.state", container=self.container))["state"]
-            if state["exit"] is not None:
+            if state.get("exit") is not None:
                 raise ContainerNotReady(f"the container {self.container} has ended", container=self.container)
         await self._listen()
         self._watch = self._bridge.background(self._follow())
