@@ -721,7 +721,7 @@ MUTATIONS = (
         "B30a",
         "a clone's memory is its template's",
         "host/byre/machines/command_line.py",
-        '"share": config.state_file is None',
+        '"share": False',
         '"share": True',
         (f"{CLONES}::test_what_clones_do_leaves_the_template_as_it_was",),
         "vm",

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from .process import GuestProcess
     from .run import DEVNULL, PIPE, STDOUT, CompletedProcess
     from .serialhost import SerialHost
+    from .snapshots import Snapshot
     from .sockethost import SocketHost
     from .vm import UtilityVM
 
@@ -56,6 +57,7 @@ _MODULES = {
     "Resources": "parameters",
     "STDOUT": "run",
     "SerialHost": "serialhost",
+    "Snapshot": "snapshots",
     "SocketHost": "sockethost",
     "Stdio": "cow",
     "UpdateResources": "parameters",
@@ -90,6 +92,7 @@ __all__ = [
     "PublishedPort",
     "Resources",
     "SerialHost",
+    "Snapshot",
     "SocketHost",
     "Stdio",
     "UpdateResources",

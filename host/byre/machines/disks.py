@@ -8,9 +8,9 @@ so that nobody takes a layer for unused (`byre.oci.eviction`).
 from __future__ import annotations
 
 import asyncio
-import itertools
 import logging
 import stat
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -19,13 +19,17 @@ from byre.oci.files import Lease
 from byre_proto.errors import ByreError
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
     from pathlib import Path
 
 logger = logging.getLogger(__name__)
 
 #: One disk per SCSI target; QEMU's virtio-scsi controller has targets 0 to 255, each with LUN 0.
 MAX_DISKS = 256
+
+
+#: A disk's serial number is this and a number that no other one of its machine has had.
+_SERIAL = "byre"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,13 +63,38 @@ class DiskTable:
         self._places: dict[tuple[int, int], _Place] = {}
         self._free = list(range(MAX_DISKS - 1, -1, -1))
         self._lost: list[Lease] = []
-        self._serials = itertools.count(1)
+        self._last_serial = 0
+        self._may_change = asyncio.Event()
+        self._may_change.set()
+
+    def adopt(self, disks: Iterable[Disk]) -> None:
+        """Take in what a saved machine begins with; nobody detaches it."""
+        for disk in disks:
+            identity = _identity(disk.path)
+            self._free.remove(disk.target)
+            place = self._places[identity] = _Place(disk, identity, references=1, plugged=True)
+            place.lease.add(disk.path)
+            self._last_serial = max(self._last_serial, int(disk.serial.removeprefix(_SERIAL)))
+
+    @asynccontextmanager
+    async def still(self) -> AsyncIterator[tuple[Disk, ...]]:
+        """The disks that are attached; within the context it stays so, and whoever wants another one waits."""
+        await self._may_change.wait()
+        self._may_change.clear()
+        try:
+            for place in list(self._places.values()):
+                async with place.lock:  # who has come this far goes first
+                    pass
+            yield tuple(place.disk for place in self._places.values() if place.plugged)
+        finally:
+            self._may_change.set()
 
     async def attach(self, path: Path, *, read_only: bool) -> Disk:
         """See `Machine.attach_disk`."""
         place = self._place_of(path, read_only)
         place.references += 1
         try:
+            await self._may_change.wait()
             async with place.lock:
                 if not place.plugged:
                     await self._plug_or_tidy(place)
@@ -80,6 +109,7 @@ class DiskTable:
         if place is None or not place.plugged:
             raise InvalidRequest(f"the disk {disk.path} is not attached")
         try:
+            await self._may_change.wait()
             async with place.lock:
                 if place.references == 1:  # nobody else wants it, or came to want it while this waited
                     await self._remove(place)
@@ -125,7 +155,8 @@ class DiskTable:
                 raise ResourceExhausted(
                     f"no place for another disk: all {MAX_DISKS} are taken", hint="use another virtual machine"
                 )
-            serial = f"byre{next(self._serials)}"
+            self._last_serial += 1
+            serial = f"{_SERIAL}{self._last_serial}"
             disk = Disk(target=self._free.pop(), lun=0, path=path, serial=serial, read_only=read_only)
             place = self._places[identity] = _Place(disk, identity)
             if path.is_file():

@@ -17,7 +17,8 @@ import socket
 import subprocess
 from typing import TYPE_CHECKING, Any
 
-from byre.errors import ConnectionLost, DeadlineExceeded, MachineFailed, NotSupported, ToolMissing
+from byre.errors import ConnectionLost, DeadlineExceeded, MachineFailed, ToolMissing
+from byre.machines import guest_memory
 from byre.machines.accelerators import choose_accelerator
 from byre.machines.base import Identity, Machine, MachineExit
 from byre.machines.clock import rough_tsc_khz, tsc_khz
@@ -27,7 +28,7 @@ from byre.machines.identity import identity
 from byre.machines.migration import Migration
 from byre.machines.qmp import Qmp
 from byre.machines.scsi import ScsiBus
-from byre.machines.spawn import OwnedProcess, in_thread
+from byre.machines.spawn import OwnedProcess, in_thread, stoppable
 from byre.transports.choice import choose_transport
 from byre_proto.errors import printable
 
@@ -48,8 +49,8 @@ KILL_TIMEOUT = 10.0
 #: Of QEMU's own complaint, in errors; mostly one line says it all.
 _STDERR_LINES = 10
 
-#: The name under which QEMU knows the descriptor of the file to save to.
-_STATE = "state"
+#: The name under which QEMU knows the descriptor in which its end of the channel is.
+_CHANNEL = "channel"
 
 #: Programs that every start needs, and the Debian package of each.
 TOOLS = {QEMU: "qemu-system-x86", "setpriv": "util-linux"}
@@ -79,6 +80,10 @@ class QemuMachine(Machine):
         self._migration = Migration(self._execute)
         self._shutdown_reason = ""
         self._bus = ScsiBus(self._execute)
+        self._base = -1  # the memory that it began with, open for as long as it may be saved
+        self._later: tuple[str, int] | None = None  # see `Wiring`
+        if config.saved is not None:
+            self._disks.adopt(config.saved.disks)
 
     @property
     def secret(self) -> bytes | None:
@@ -114,7 +119,7 @@ class QemuMachine(Machine):
     async def _start(self) -> None:
         self._check()
         # Only a kernel that boots is told the rate, so only then it has to be right.
-        choices, transport = await self._choose(rough_tsc_khz if self._config.state_file else tsc_khz)
+        choices, transport = await self._choose(rough_tsc_khz if self._config.saved else tsc_khz)
         qmp, state_fd = self._spawn(choices, transport)
         self._reaper = asyncio.create_task(self._reap(), name=f"machine {self.id}")
         await self._qmp.connect(qmp)
@@ -161,11 +166,17 @@ class QemuMachine(Machine):
         """
         with contextlib.ExitStack() as undo:
             undo.callback(transport.close)
-            wiring = transport.open(choices.bus)
+            saved = self._config.saved
+            wiring = transport.open(choices.bus, had_host=bool(saved and saved.host_gone))
             handed = list(wiring.handed)
             undo.callback(_close_all, handed)
+            if wiring.later:
+                undo.callback(os.close, wiring.later[1])
             (qmp, qmp_fd), (console, console_fd) = _pair(undo, handed), _pair(undo, handed)
-            state_fd = _state(self._config, handed)
+            state_fd = None
+            if saved is not None:
+                handed.append(state_fd := _open(saved.state))
+                self._base = _open(saved.memory)
             command = qemu_command(
                 self._config,
                 choices,
@@ -176,7 +187,7 @@ class QemuMachine(Machine):
                 channel=wiring.kernel_argument,
             )
             undo.pop_all()
-        self._transport = transport
+        self._transport, self._later = transport, wiring.later
         logger.debug("> %s", command)
         sinks = {console.detach(): self._console.feed}
         self._process = OwnedProcess(command, output=self._stderr.feed, sinks=sinks, handed=handed)
@@ -193,7 +204,25 @@ class QemuMachine(Machine):
         if self._transport is None:
             raise MachineFailed("the machine has not been started")
         with self._until_end():
+            if self._later is not None:
+                await self._open_port(*self._later)
             return await self._transport.connect()
+
+    async def _open_port(self, chardev: str, fd: int) -> None:
+        """Let the guest find a host, now that it has noticed that the one it was saved with is gone."""
+        assert self._config.saved is not None
+        await self.wait_console(self._config.saved.host_gone)
+        self._qmp.send_fd(fd)
+        await self._qmp.execute("getfd", {"fdname": _CHANNEL})
+        socket = {"addr": {"type": "fd", "data": {"str": _CHANNEL}}, "server": False}
+        backend = {"type": "socket", "data": socket}
+        await self._qmp.execute("chardev-change", {"id": chardev, "backend": backend})
+        self._close_later()
+
+    def _close_later(self) -> None:
+        if self._later is not None:
+            os.close(self._later[1])
+            self._later = None
 
     async def pause(self) -> None:
         await self._execute("stop")
@@ -206,15 +235,24 @@ class QemuMachine(Machine):
         if self._transport is not None:
             self._transport.hang_up()
 
-    async def save(self, state: Path) -> None:
-        if self._config.memory_file is None:
-            raise NotSupported("only a machine whose memory is a file can be saved")
-        with self._until_end(), state.open("wb") as file:
-            self._qmp.send_fd(file.fileno())
-            await self._qmp.execute("getfd", {"fdname": _STATE})
-            await self._migration.save(_STATE)
-        assert self._transport is not None, "it runs"
-        self._transport.close()  # nobody will answer any more
+    async def _save(self, memory: Path, state: Path) -> None:
+        """What does not change is copied before it stops."""
+        with memory.open("wb") as file:
+            target = file.fileno()
+            if self._base >= 0:
+                with os.fdopen(os.dup(self._base)) as base:  # the machine may end meanwhile
+                    await stoppable(lambda check: guest_memory.copy_base(base.fileno(), target, check))
+            with state.open("wb") as devices:
+                await self._migration.save(self._qmp.send_fd, devices)
+            answer = await self._qmp.execute("human-monitor-command", {"command-line": "gpa2hva 0"})
+            address, size = guest_memory.parse_address(answer), self._config.memory_mib * 1024 * 1024
+            assert self._process is not None
+            pid = self._process.pid
+            assert pid is not None, "it has answered"
+            written = await stoppable(
+                lambda check: guest_memory.copy_written(pid, address, size, target, check)
+            )
+        logger.info("= vm %s was saved: %.1f MiB were written", self.id, written / 1024**2)
 
     async def shutdown(self, timeout: float) -> None:
         try:
@@ -300,20 +338,21 @@ class QemuMachine(Machine):
     def _give_back(self, how: MachineExit) -> None:
         if self._transport is not None:
             self._transport.close()
+        self._close_later()
+        if self._base >= 0:
+            os.close(self._base)
+            self._base = -1
         if self._exit is None:
             logger.info("x vm %s: %s", self.id, how.reason)
         self._publish(how)
 
 
-def _state(config: MachineConfig, handed: list[int]) -> int | None:
-    """The file of a saved state, open and added to `handed`; None where there is none."""
-    if config.state_file is None:
-        return None
+def _open(path: Path) -> int:
+    """A file of a saved machine, for reading."""
     try:
-        handed.append(os.open(config.state_file, os.O_RDONLY | os.O_CLOEXEC))
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError as error:
-        raise MachineFailed(f"cannot read the saved state {config.state_file}: {error.strerror}") from error
-    return handed[-1]
+        raise MachineFailed(f"cannot read {path} of a saved machine: {error.strerror}") from error
 
 
 def _close_all(descriptors: list[int]) -> None:
