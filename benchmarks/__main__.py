@@ -6,7 +6,7 @@ import argparse
 import asyncio
 import sys
 
-from . import boot, clone, container, execs, layers, ping, pool, serial, stdio
+from . import boot, clone, container, execs, layers, ping, pool, serial, snapshot, stdio
 
 BENCHMARKS = {
     "boot": boot.run,
@@ -21,6 +21,7 @@ BENCHMARKS = {
     "ping": ping.run,
     "pool": pool.run,
     "serial": serial.run,
+    "snapshot": snapshot.run,
 }
 
 

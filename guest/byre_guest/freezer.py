@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 #: Where all processes are that are not the agent's own.
 ROOTS = (trees.VM_PROCESSES, cgroups.CONTAINERS)
 
-#: For all of it to stand still, in seconds: milliseconds, but for what waits in the kernel for a file system that does
-#: not answer.
+#: For all of it to stand still, in seconds: milliseconds, but for what waits in the kernel for a file system that
+#: does not answer.
 PATIENCE = 5.0
 
 #: Between two looks whether it does, in seconds.

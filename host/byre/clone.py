@@ -4,8 +4,8 @@
     every time     a private copy of the saved memory, the saved devices, an identity of its own
 
 Rule: whoever comes first gets a clone too, so that the first VM is like all others.  A clone is handed out when its
-clock, random numbers and identity are its own, and not before (`boot`, B52).  What stands in a template's way makes a VM slower to start and nothing else: it is booted,
-and `explanation["template"]` says why.
+clock, random numbers and identity are its own, and not before (`boot`, B52).  What stands in a template's way makes
+a VM slower to start and nothing else: it is booted, and `explanation["template"]` says why.
 """
 
 from __future__ import annotations

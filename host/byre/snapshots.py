@@ -6,11 +6,11 @@
 All that runs in the VM runs in each clone: processes, containers (`vm2.open_container` finds them), what they have
 written.  A clone has a clock, random numbers, a host name, a machine id and a secret of its own before any of its
 processes runs on (B52).  What leads to this program stays with the VM that was saved: calls under way, streams of
-processes, forwards and exposed sockets.  In a clone they have ended as if this program had: a process reads the end of
-its stdin, and gets a broken pipe where it writes to a stream that was asked for.
+processes, forwards and exposed sockets.  In a clone they have ended as if this program had: a process reads the end
+of its stdin, and gets a broken pipe where it writes to a stream that was asked for.
 
-Rule: a snapshot is what a template is, taken at another moment: the same `Machine.save` and the same boot.  Its files
-have no name, so they go with this program; its disks are leased for as long.
+Rule: a snapshot is what a template is, taken at another moment: the same `Machine.save` and the same boot.  Its
+files have no name, so they go with this program; its disks are leased for as long.
 """
 
 from __future__ import annotations
@@ -107,5 +107,5 @@ def _unnamed(held: contextlib.ExitStack) -> Path:
     problem = templates.room_problem(root)
     if problem:
         raise ResourceExhausted(f"there is no room for a snapshot: {problem}")
-    file: BinaryIO = held.enter_context(tempfile.TemporaryFile(dir=root))
+    file: BinaryIO = held.enter_context(tempfile.TemporaryFile(dir=root))  # noqa: SIM115
     return Path(f"/proc/{os.getpid()}/fd/{file.fileno()}")

@@ -308,7 +308,8 @@ class UtilityVM(GuestProcessHost):
     async def snapshot(self) -> Snapshot:
         """Save it as it is now, with all that runs in it, for any number of clones; it goes on (see `snapshots`).
 
-        It stands still meanwhile: some milliseconds, and one for each 1 to 2 MiB that it has written since its start.
+        It stands still meanwhile: some milliseconds, and about one for each MiB that it has written since its
+        start.
         Raises `NotSupported` for a detached VM, and with the path for a disk that it can write to;
         `ResourceExhausted` without room for its memory below the user's cache.
         """
@@ -317,9 +318,9 @@ class UtilityVM(GuestProcessHost):
         bridge = self.bridge
         if not isinstance(self._owner, MachineOwner):
             raise NotSupported("a detached VM is its keeper's", hint="snapshots are of a program's own VMs")
-        if self.health.state == PAUSED:
-            raise InvalidRequest("a VM that is paused cannot be saved", hint="resume() it first")
         async with self._saving:
+            if self.health.state == PAUSED:
+                raise InvalidRequest("a VM that is paused cannot be saved", hint="resume() it first")
             await self.health.rest()
             try:
                 return await snapshots.take(self._owner.machine, bridge, self._origin)

@@ -22,7 +22,6 @@ from byre.errors import (
     MachineFailed,
     NotSupported,
     ResourceExhausted,
-    TransportUnavailable,
 )
 from byre.machines.base import Machine
 from byre.machines.config import MachineConfig, Saved

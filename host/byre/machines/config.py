@@ -29,8 +29,8 @@ TRANSPORTS = ("auto", "virtio-serial", "vsock", "serial")
 
 @dataclass(frozen=True, kw_only=True)
 class Saved:
-    """What `Machine.save` wrote of a machine.  Another one like it goes on from there, as often as wanted: it copies
-    what it writes, page by page, and the files stay as they are.
+    """What `Machine.save` wrote of a machine.  Any number of machines like it go on from there: each copies what it
+    writes, page by page, and the files stay as they are.
 
     memory, state   the files
     disks           that it had then, and that have to be there again

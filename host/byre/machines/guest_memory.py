@@ -25,7 +25,7 @@ PAGE = 4096
 #: Copied at once: a cancellation waits for no more than this.
 _PIECE = 1024 * 1024
 
-#: Of an entry of the page map, in its last byte: the page is in memory, or swapped; it is the file's and not its own.
+#: In the last byte of an entry of the page map: the page is in memory, or swapped; it is the file's, not its own.
 _PRESENT, _SWAPPED, _OF_FILE = 0x80, 0x40, 0x20
 _ENTRY = 8
 _OWN = bytes(bool(flags & (_PRESENT | _SWAPPED) and not flags & _OF_FILE) for flags in range(256))

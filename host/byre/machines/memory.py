@@ -90,8 +90,7 @@ class MemoryMachine(Machine):
         if self._config is None:
             raise NotSupported("a machine of memory without a configuration cannot be saved")
         await self.pause()
-        memory.write_bytes(_MEMORY)
-        state.write_bytes(_STATE)
+        _write(memory, state)
 
     def _load(self) -> None:
         """Go on from a state, if there is one."""
@@ -151,3 +150,8 @@ class MemoryMachine(Machine):
         if not self._answers.is_set():
             raise DeadlineExceeded(f"the machine did not remove {disk.path}")
         self.disks.pop(disk.target, None)
+
+
+def _write(memory: Path, state: Path) -> None:
+    memory.write_bytes(_MEMORY)
+    state.write_bytes(_STATE)

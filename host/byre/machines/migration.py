@@ -1,12 +1,12 @@
 """Saving the state of a QEMU's devices, and loading it, without the memory (`guest_memory` has that).
 
-Rule: files are handed over as descriptors: the form of QEMU's migration that would run a shell is forbidden to it, and
-no path is parsed.
+Rule: files are handed over as descriptors: the form of QEMU's migration that would run a shell is forbidden to it,
+and no path is parsed.
 
-QEMU's own migration would write all of a private memory, and stop the guest for as long.  So the state is saved by the
-command that Xen has for it, "of all devices, not of the RAM", and loaded as a migration without a RAM section, for
-which both sides leave out the configuration and the description (`command_line`).  What QEMU has besides the guest's
-memory is the firmware and its tables, which no guest needs after its boot: a restart ends the machine.
+QEMU's own migration would write all of a private memory, and stop the guest for as long.  So the state is saved by
+the command that Xen has for it, "of all devices, not of the RAM", and loaded as a migration without a RAM section,
+for which both sides leave out the configuration and the description (`command_line`).  What QEMU has besides the
+guest's memory is the firmware and its tables, which no guest needs after its boot: a restart ends the machine.
 
 Source: `xen-save-devices-state`, `migrate-incoming`, `add-fd` and MIGRATION in QEMU's QMP reference.
 """

@@ -249,9 +249,7 @@ class QemuMachine(Machine):
             assert self._process is not None
             pid = self._process.pid
             assert pid is not None, "it has answered"
-            written = await stoppable(
-                lambda check: guest_memory.copy_written(pid, address, size, target, check)
-            )
+            written = await stoppable(lambda check: guest_memory.copy_written(pid, address, size, target, check))
         logger.info("= vm %s was saved: %.1f MiB were written", self.id, written / 1024**2)
 
     async def shutdown(self, timeout: float) -> None:

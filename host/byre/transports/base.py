@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 class Wiring:
     """What a transport adds to a machine.
 
-    ``handed`` are descriptors for the emulator, inherited under the same numbers; they, and that of ``later``, are the
-    machine's to close.
+    ``handed`` are descriptors for the emulator, inherited under the same numbers; they, and that of ``later``, are
+    the machine's to close.
     """
 
     arguments: tuple[str, ...]

@@ -3,8 +3,8 @@
 Rule: the host's end stays open for the machine's whole life.  Each time the host disconnects while the guest has
 output queued, the guest's port leaks a descriptor of its queue, and after 128 of them it can never be written
 again; QEMU also drops what it has queued.  Hanging up is for a machine that is being saved: a clone's device tells
-its guest that the port is open, and the agent begins anew.  The clone of a guest that was saved with a host finds the
-port closed, and open when it has noticed that.
+its guest that the port is open, and the agent begins anew.  The clone of a guest that was saved with a host finds
+the port closed, and open when it has noticed that.
 """
 
 from __future__ import annotations
