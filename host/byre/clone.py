@@ -24,6 +24,7 @@ from .errors import BootFailed, ByreError, DeadlineExceeded, InvalidRequest, Mac
 from .machines.config import Saved
 from .machines.spawn import in_thread
 from .process import GuestProcessHost
+from .timings import span
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -100,15 +101,17 @@ class _Clone:
     async def start(self, like: Machine) -> Booted:
         """A clone of the template for machines `like` this one.  Raises `_NoTemplate`, and what booting raises."""
         try:
-            self._identity = await like.identity()
+            with span("identity of the machine"):
+                self._identity = await like.identity()
             self._store = templates.Store()
         except (NotSupported, OSError) as error:
             raise _NoTemplate(str(error)) from error
         for _ in range(2):
-            template = self._store.find(self._identity)
-            how = "it was there"
-            if template is None:
-                template, how = await self._make_or_wait(boot_scale(like))
+            with span("template"):
+                template = self._store.find(self._identity)
+                how = "it was there"
+                if template is None:
+                    template, how = await self._make_or_wait(boot_scale(like))
             try:
                 return await self._boot(template, how)
             except BootFailed as error:  # it ran, and was no good

@@ -28,6 +28,7 @@ from .health import PAUSED, Health
 from .machines.spawn import in_thread
 from .owner import MachineOwner
 from .process import GuestProcessHost
+from .timings import span
 
 if TYPE_CHECKING:
     from byre_images import Image
@@ -155,7 +156,8 @@ class UtilityVM(GuestProcessHost):
 
         image = self._image
         if image is None:
-            image = await in_thread(lambda: byre_images.ensure(progress))
+            with span("image"):
+                image = await in_thread(lambda: byre_images.ensure(progress))
         options = dict(self._options)
         options["kernel_arguments"] = (*byre_images.KERNEL_ARGUMENTS, *options["kernel_arguments"])
         return MachineConfig(kernel=image.kernel, initramfs=image.initramfs, root=image.root, **options)

@@ -29,6 +29,7 @@ from byre.machines.migration import Migration
 from byre.machines.qmp import Qmp
 from byre.machines.scsi import ScsiBus
 from byre.machines.spawn import OwnedProcess, in_thread, stoppable
+from byre.timings import span
 from byre.transports.choice import choose_transport
 from byre_proto.errors import printable
 
@@ -119,16 +120,19 @@ class QemuMachine(Machine):
     async def _start(self) -> None:
         self._check()
         # Only a kernel that boots is told the rate, so only then it has to be right.
-        choices, transport = await self._choose(rough_tsc_khz if self._config.saved else tsc_khz)
-        qmp, state_fd = self._spawn(choices, transport)
-        self._reaper = asyncio.create_task(self._reap(), name=f"machine {self.id}")
-        await self._qmp.connect(qmp)
+        with span("choices"):
+            choices, transport = await self._choose(rough_tsc_khz if self._config.saved else tsc_khz)
+        with span("QEMU"):
+            qmp, state_fd = self._spawn(choices, transport)
+            self._reaper = asyncio.create_task(self._reap(), name=f"machine {self.id}")
+            await self._qmp.connect(qmp)
         found, oldest = (".".join(map(str, v)) for v in (self._qmp.version, OLDEST_QEMU))
         self.explanation["qemu"] = found
         if self._qmp.version < OLDEST_QEMU:
             raise MachineFailed(f"QEMU {found} is too old", hint=f"install {oldest} or later")
         if state_fd is not None:
-            await self._migration.load(state_fd)
+            with span("state"):
+                await self._migration.load(state_fd)
 
     def _check(self) -> None:
         self._config.check()
