@@ -18,7 +18,6 @@ import subprocess
 from typing import TYPE_CHECKING, Any
 
 from byre.errors import ConnectionLost, DeadlineExceeded, MachineFailed, ToolMissing
-from byre.machines import guest_memory
 from byre.machines.accelerators import choose_accelerator
 from byre.machines.base import Identity, Machine, MachineExit
 from byre.machines.clock import rough_tsc_khz, tsc_khz
@@ -27,8 +26,9 @@ from byre.machines.console import ConsoleRing
 from byre.machines.identity import identity
 from byre.machines.migration import Migration
 from byre.machines.qmp import Qmp
+from byre.machines.saving import Continuation
 from byre.machines.scsi import ScsiBus
-from byre.machines.spawn import OwnedProcess, in_thread, stoppable
+from byre.machines.spawn import OwnedProcess, in_thread
 from byre.timings import span
 from byre.transports.choice import choose_transport
 from byre_proto.errors import printable
@@ -49,9 +49,6 @@ OLDEST_QEMU = (7, 2, 0)
 KILL_TIMEOUT = 10.0
 #: Of QEMU's own complaint, in errors; mostly one line says it all.
 _STDERR_LINES = 10
-
-#: The name under which QEMU knows the descriptor in which its end of the channel is.
-_CHANNEL = "channel"
 
 #: Programs that every start needs, and the Debian package of each.
 TOOLS = {QEMU: "qemu-system-x86", "setpriv": "util-linux"}
@@ -81,8 +78,7 @@ class QemuMachine(Machine):
         self._migration = Migration(self._execute)
         self._shutdown_reason = ""
         self._bus = ScsiBus(self._execute)
-        self._base = -1  # the memory that it began with, open for as long as it may be saved
-        self._later: tuple[str, int] | None = None  # see `Wiring`
+        self._continuation = Continuation()
         if config.saved is not None:
             self._disks.adopt(config.saved.disks)
 
@@ -174,13 +170,12 @@ class QemuMachine(Machine):
             wiring = transport.open(choices.bus, had_host=bool(saved and saved.host_gone))
             handed = list(wiring.handed)
             undo.callback(_close_all, handed)
-            if wiring.later:
-                undo.callback(os.close, wiring.later[1])
+            undo.callback(self._continuation.close)
+            self._continuation.keep_back(wiring)
             (qmp, qmp_fd), (console, console_fd) = _pair(undo, handed), _pair(undo, handed)
             state_fd = None
             if saved is not None:
-                handed.append(state_fd := _open(saved.state))
-                self._base = _open(saved.memory)
+                handed.append(state_fd := self._continuation.open(saved))
             command = qemu_command(
                 self._config,
                 choices,
@@ -191,7 +186,7 @@ class QemuMachine(Machine):
                 channel=wiring.kernel_argument,
             )
             undo.pop_all()
-        self._transport, self._later = transport, wiring.later
+        self._transport = transport
         logger.debug("> %s", command)
         sinks = {console.detach(): self._console.feed}
         self._process = OwnedProcess(command, output=self._stderr.feed, sinks=sinks, handed=handed)
@@ -208,25 +203,10 @@ class QemuMachine(Machine):
         if self._transport is None:
             raise MachineFailed("the machine has not been started")
         with self._until_end():
-            if self._later is not None:
-                await self._open_port(*self._later)
+            if self._continuation.waits and self._config.saved is not None:
+                await self.wait_console(self._config.saved.host_gone)
+                await self._continuation.show_channel(self._qmp)
             return await self._transport.connect()
-
-    async def _open_port(self, chardev: str, fd: int) -> None:
-        """Let the guest find a host, now that it has noticed that the one it was saved with is gone."""
-        assert self._config.saved is not None
-        await self.wait_console(self._config.saved.host_gone)
-        self._qmp.send_fd(fd)
-        await self._qmp.execute("getfd", {"fdname": _CHANNEL})
-        socket = {"addr": {"type": "fd", "data": {"str": _CHANNEL}}, "server": False}
-        backend = {"type": "socket", "data": socket}
-        await self._qmp.execute("chardev-change", {"id": chardev, "backend": backend})
-        self._close_later()
-
-    def _close_later(self) -> None:
-        if self._later is not None:
-            os.close(self._later[1])
-            self._later = None
 
     async def pause(self) -> None:
         await self._execute("stop")
@@ -240,20 +220,10 @@ class QemuMachine(Machine):
             self._transport.hang_up()
 
     async def _save(self, memory: Path, state: Path) -> None:
-        """What does not change is copied before it stops."""
-        with memory.open("wb") as file:
-            target = file.fileno()
-            if self._base >= 0:
-                with os.fdopen(os.dup(self._base)) as base:  # the machine may end meanwhile
-                    await stoppable(lambda check: guest_memory.copy_base(base.fileno(), target, check))
-            with state.open("wb") as devices:
-                await self._migration.save(self._qmp.send_fd, devices)
-            answer = await self._qmp.execute("human-monitor-command", {"command-line": "gpa2hva 0"})
-            address, size = guest_memory.parse_address(answer), self._config.memory_mib * 1024 * 1024
-            assert self._process is not None
-            pid = self._process.pid
-            assert pid is not None, "it has answered"
-            written = await stoppable(lambda check: guest_memory.copy_written(pid, address, size, target, check))
+        if self._process is None or self._process.pid is None:
+            raise MachineFailed("the machine has not been started")
+        size, pid = self._config.memory_mib * 1024 * 1024, self._process.pid
+        written = await self._continuation.save(self._qmp, self._migration, pid, size, memory, state)
         logger.info("= vm %s was saved: %.1f MiB were written", self.id, written / 1024**2)
 
     async def shutdown(self, timeout: float) -> None:
@@ -340,21 +310,10 @@ class QemuMachine(Machine):
     def _give_back(self, how: MachineExit) -> None:
         if self._transport is not None:
             self._transport.close()
-        self._close_later()
-        if self._base >= 0:
-            os.close(self._base)
-            self._base = -1
+        self._continuation.close()
         if self._exit is None:
             logger.info("x vm %s: %s", self.id, how.reason)
         self._publish(how)
-
-
-def _open(path: Path) -> int:
-    """A file of a saved machine, for reading."""
-    try:
-        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError as error:
-        raise MachineFailed(f"cannot read {path} of a saved machine: {error.strerror}") from error
 
 
 def _close_all(descriptors: list[int]) -> None:
