@@ -56,11 +56,11 @@ async def proportional_set_sizes() -> list[float]:
     async with contextlib.AsyncExitStack() as stack:
         vms = [await stack.enter_async_context(byre.UtilityVM()) for _ in range(ALIVE)]
         await asyncio.sleep(IDLE)
-        return [_pss(vm.machine_pid) for vm in vms]
+        return [proportional_set_size(vm.machine_pid) for vm in vms]
 
 
-def _pss(pid: int) -> float:
-    """proc(5): /proc/PID/smaps_rollup."""
+def proportional_set_size(pid: int) -> float:
+    """MB; proc(5): /proc/PID/smaps_rollup."""
     lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("Pss:")) * 1024 / 1e6
 

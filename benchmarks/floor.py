@@ -158,7 +158,13 @@ class Saved:
         """The machine's channel, its QMP, and when it was started."""
         memory = {"qom-type": "memory-backend-file", "id": "m", "size": 256 << 20, "mem-path": str(self._memory)}
         ours, theirs = socket.socketpair()
-        arguments = ["-object", json.dumps({**memory, "share": shared}), "-machine", "memory-backend=m"]
+        arguments = [
+            "-object",
+            json.dumps({**memory, "share": shared}),
+            "-machine",
+            "memory-backend=m,suppress-vmdesc=on",
+        ]
+        arguments += ["-global", "migration.send-configuration=off"]
         arguments += ["-chardev", f"socket,id=q,fd={theirs.fileno()}", "-mon", "chardev=q,mode=control", *more]
         fds = (theirs.fileno(), *handed)
         async with bare_machine(self._image, self._machine, more=arguments, handed=fds) as (channel, started):
@@ -177,9 +183,7 @@ class Saved:
             await asyncio.get_running_loop().sock_recv(channel, 64)
             await echo(channel)
             with self._state.open("wb") as file:
-                qmp.send_fd(file.fileno())
-                await qmp.execute("getfd", {"fdname": "state"})
-                await migration.save("state")
+                await migration.save(qmp.send_fd, file)
 
     async def clone_and_echo(self) -> float:
         """Seconds from QEMU's start to the first echoed byte at the host."""

@@ -17,6 +17,7 @@ CHANGES = "tests/conformance/test_changes.py"
 VM_PORTS = "tests/vm/test_ports.py"
 UNIT_PORTS = "tests/unit/test_ports.py"
 VM = "tests/vm/test_vm.py"
+SNAPSHOTS = "tests/vm/test_snapshots.py"
 CLONES = "tests/vm/test_clones.py"
 HOST = "tests/unit/test_vm_host.py"
 SHARES = "tests/unit/test_shares.py"
@@ -721,10 +722,22 @@ MUTATIONS = (
         ("tests/unit/test_clone.py::test_a_clone_that_cannot_be_made_its_own_is_not_handed_out",),
     ),
     Mutation(
+        "B52",
+        "what runs in a VM that is saved runs on in clones before they are their own",
+        "guest/byre_guest/freezer.py",
+        """            cgroups.write(f"{root}/cgroup.freeze", "1")
+        self._look(call, done, monotonic() + PATIENCE)""",
+        """            pass
+        done()
+        call.reply({})""",
+        (f"{SNAPSHOTS}::test_what_runs_when_it_is_saved_has_other_random_numbers_in_each_clone",),
+        "vm",
+    ),
+    Mutation(
         "B30a",
         "a clone's memory is its template's",
         "host/byre/machines/command_line.py",
-        '"share": config.state_file is None',
+        '"share": False',
         '"share": True',
         (f"{CLONES}::test_what_clones_do_leaves_the_template_as_it_was",),
         "vm",

@@ -65,8 +65,9 @@ METHODS: dict[str, tuple[dict[str, tuple[Any, ...]], dict[str, tuple[Any, ...]]]
         {"info": ("{any}",)},
     ),
     # The machine is about to be saved: once this host has gone, the agent says so on the console and does nothing
-    # until another one comes, for whatever it did every clone would do.
-    "system.quiesce": ({}, {}),
+    # until another one comes, for whatever it did every clone would do.  `freeze`: nothing else runs either, until
+    # the next `system.configure` has succeeded, of this host or of a clone's.
+    "system.quiesce": ({"freeze": ("bool", False)}, {}),
     "system.balloon": ({}, {}),  # its driver is loaded, where the machine has one
     "system.info": ({}, {"info": ("{any}",)}),
     "system.stacks": ({}, {"text": ("str",)}),

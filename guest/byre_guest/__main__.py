@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from typing import Any, NoReturn
 
     from .channels import Channel
+    from .freezer import Freezer
     from .server import Call
 
 #: A round of the loop that takes longer shows its stack on stderr (a VM's console), and again each time it passes.
@@ -72,7 +73,8 @@ class Agent:
         self._unsettled = {"system.configure", "process.create"}
         self.server.before_request = self._before_request
         self._quiescing = False  # the host has asked for it, and has not gone yet
-        system, processes = System(self.logs, timeline), self.processes
+        self._freezer: Freezer | None = None
+        system, processes = System(self.logs, timeline, self._go_on), self.processes
         self.server.handlers.update(
             {
                 "system.configure": system.configure,
@@ -130,16 +132,30 @@ class Agent:
                 self.server.connect(channel, None)  # a host has opened the port
         self.server.on_channel()
 
-    def _quiesce(self, call: Call, _arguments: dict[str, Any]) -> None:
+    def _quiesce(self, call: Call, arguments: dict[str, Any]) -> None:
         """`system.quiesce`: this host will go, and the next one may be a clone's."""
         if self.timeline is None:
             raise NotSupported("this agent is no VM's init: its machine is not one to be saved")
-        if not self.reaper.idle:  # what its helpers do now, each clone would do
-            self.loop.call_later(QUIET_SECONDS, lambda: self._quiesce(call, _arguments))
-            return
-        self.processes.trees.make_ahead()
+        if arguments["freeze"]:
+            from . import freezer  # here: no template needs it
+
+            self._freezer = self._freezer or freezer.Freezer(self.server)
+            self._freezer.freeze(call, self._expect_another_host)
+        elif not self.reaper.idle:  # what its helpers do now, each clone would do
+            self.loop.call_later(QUIET_SECONDS, lambda: self._quiesce(call, arguments))
+        else:
+            self.processes.trees.make_ahead()
+            self._expect_another_host()
+            call.reply({})
+
+    def _expect_another_host(self) -> None:
         self._quiescing = True
-        call.reply({})
+
+    def _go_on(self) -> None:
+        """A host has made this machine what it is to be: the one that was there, or a clone's."""
+        self._quiescing = False
+        if self._freezer is not None:
+            self._freezer.thaw()
 
     def _quiet(self) -> None:
         """The host has gone: from here on the machine may be saved."""

@@ -111,6 +111,8 @@ class Server:
         self.before_request: Callable[[str], object] | None = None  # called with each one's method
         self.calls: dict[int, Call] = {}
         self.sockets: Sockets | None = None
+        self.holding = False  # requests wait, but for `system.configure`
+        self._held: list[events.Event] = []
         self._on_drop = on_drop
         self._channel: Channel | None = None
         self._connection: Connection | None = None
@@ -193,6 +195,7 @@ class Server:
         pumps, self._pumps = self._pumps, None
         self._stop_waiting()
         calls = list(self.calls.values())
+        self._held.clear()
         self.logs.disconnected()
         if pumps is not None:
             pumps.close()
@@ -252,7 +255,22 @@ class Server:
 
     # -- events and calls ----------------------------------------------------------------------------------
 
+    def stop_holding(self) -> None:
+        """Serve what has waited, in its order."""
+        self.holding = False
+        held, self._held = self._held, []
+        for event in held:
+            self._on_event(event)
+
+    def _is_to_wait(self, event: events.Event) -> bool:
+        if isinstance(event, events.CancelReceived):
+            return event.call not in self.calls
+        return isinstance(event, events.RequestReceived) and event.method != "system.configure"
+
     def _on_event(self, event: events.Event) -> None:
+        if self.holding and self._is_to_wait(event):
+            self._held.append(event)
+            return
         if isinstance(event, _STREAM_EVENTS):
             if self._pumps is not None:
                 self._pumps.on_event(event)

@@ -16,6 +16,7 @@ from . import VERSION, linux, trees
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from typing import Any
 
     from .init import Timeline
@@ -36,10 +37,12 @@ MAX_STACKS = 256 * 1024
 
 
 class System:
-    """Handlers of `system.*`.  `timeline` is there when the agent is a VM's init."""
+    """Handlers of `system.*`.  `timeline` is there when the agent is a VM's init; `configured()` is called when
+    every step of a `configure` has succeeded."""
 
-    def __init__(self, logs: Logs, timeline: Timeline | None) -> None:
+    def __init__(self, logs: Logs, timeline: Timeline | None, configured: Callable[[], object]) -> None:
         self._logs = logs
+        self._configured = configured
         self._timeline = timeline
         self._constant: dict[str, Any] | None = None  # looked up once
 
@@ -61,6 +64,7 @@ class System:
             except OSError as error:
                 raise ByreError(f"the {name} of the VM could not be set: {error}", step=name) from error
         self._logs.level = arguments["log_level"]
+        self._configured()
         call.reply({"info": self._describe()})
 
     def info(self, call: Call, _arguments: dict[str, Any]) -> None:

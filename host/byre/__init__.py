@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from .run import DEVNULL, PIPE, STDOUT, CompletedProcess
     from .serialhost import SerialHost
     from .shares.share import Share
+    from .snapshots import Snapshot
     from .sockethost import SocketHost
     from .vm import UtilityVM
 
@@ -71,6 +72,7 @@ _MODULES = {
     "STDOUT": "run",
     "SerialHost": "serialhost",
     "Share": "shares.share",
+    "Snapshot": "snapshots",
     "SocketHost": "sockethost",
     "Stdio": "cow",
     "AddDisk": "parameters",
@@ -119,6 +121,7 @@ __all__ = [
     "Resources",
     "SerialHost",
     "Share",
+    "Snapshot",
     "SocketHost",
     "Stdio",
     "UpdateResources",

@@ -18,6 +18,7 @@ from .channel import Channel
 from .errors import BootFailed, BootTimeout, ByreError, ConnectionLost, DeadlineExceeded
 from .line_channel import LineChannel
 from .machines.speed import boot_speed_scale
+from .timings import span
 
 if TYPE_CHECKING:
     from .machines.base import Machine
@@ -54,11 +55,14 @@ async def boot(machine: Machine, *, hostname: str, timeout: float | None, scale:
     `scale` or, without it, by the measured speed of this host.
     """
     try:
-        await machine.start()
+        with span("machine start"):
+            await machine.start()
         scale = scale or boot_scale(machine)
-        bridge = await _first_answer(machine, BOOT_TIMEOUT * scale if timeout is None else timeout)
+        with span("first answer of the agent"):
+            bridge = await _first_answer(machine, BOOT_TIMEOUT * scale if timeout is None else timeout)
         try:
-            info = await _configure(bridge, hostname, CONFIGURE_TIMEOUT * scale)
+            with span("identity"):
+                info = await _configure(bridge, hostname, CONFIGURE_TIMEOUT * scale)
         except BaseException:
             await bridge.close("the boot failed")
             raise

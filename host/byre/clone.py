@@ -3,10 +3,9 @@
     first time     boot, warm up, let the agent fall quiet, save, end        `_make`
     every time     a private copy of the saved memory, the saved devices, an identity of its own
 
-Rule: the machine that is saved never runs again, because it would write into everybody's memory: whoever comes
-first gets a clone too.  A clone is handed out when its clock, random numbers and identity are its own, and not
-before (`boot`, B52).  What stands in a template's way makes a VM slower to start and nothing else: it is booted,
-and `explanation["template"]` says why.
+Rule: whoever comes first gets a clone too, so that the first VM is like all others.  A clone is handed out when its
+clock, random numbers and identity are its own, and not before (`boot`, B52).  What stands in a template's way makes
+a VM slower to start and nothing else: it is booted, and `explanation["template"]` says why.
 """
 
 from __future__ import annotations
@@ -15,15 +14,17 @@ import asyncio
 import dataclasses
 import logging
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from byre_proto.messages import QUIET
 
 from . import templates
 from .boot import BOOT_TIMEOUT, Booted, boot, boot_scale
 from .errors import BootFailed, ByreError, DeadlineExceeded, InvalidRequest, MachineFailed, NotSupported
+from .machines.config import Saved
 from .machines.spawn import in_thread
 from .process import GuestProcessHost
+from .timings import span
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -56,24 +57,29 @@ LOOK_AGAIN = 0.05
 Make = Callable[["MachineConfig"], "Machine"]
 
 
+class Origin(NamedTuple):
+    """What a VM's machine is made by, and of."""
+
+    make: Make
+    config: MachineConfig
+
+
 class _NoTemplate(Exception):
     """There can be none; the reason is the text."""
 
 
-async def start(
-    make: Make, config: MachineConfig, *, template: str, hostname: str, timeout: float | None
-) -> Booted:
+async def start(origin: Origin, *, template: str, hostname: str, timeout: float | None) -> Booted:
     """A running machine of this configuration; after an error or a cancellation nothing is left (B41).
 
     `template` is "auto" or "off".  Raises what booting raises.
     """
     if template not in MODES:
         raise InvalidRequest(f"unknown template {template!r}", hint=f"one of {', '.join(MODES)}")
-    machine = make(config)
+    machine = origin.make(origin.config)
     reason = "it was not wanted"
     if template == "auto":
         try:
-            return await _Clone(make, config, hostname, timeout).start(machine)
+            return await _Clone(origin, hostname, timeout).start(machine)
         except _NoTemplate as error:
             reason = str(error)
             logger.info("= vm %s no template: %s", machine.id, reason)
@@ -85,9 +91,8 @@ async def start(
 class _Clone:
     """One clone, and its template where there is none yet."""
 
-    def __init__(self, make: Make, config: MachineConfig, hostname: str, timeout: float | None) -> None:
-        self._make = make
-        self._config = config
+    def __init__(self, origin: Origin, hostname: str, timeout: float | None) -> None:
+        self._make, self._config = origin
         self._hostname = hostname
         self._timeout = timeout
         self._store: templates.Store
@@ -96,15 +101,17 @@ class _Clone:
     async def start(self, like: Machine) -> Booted:
         """A clone of the template for machines `like` this one.  Raises `_NoTemplate`, and what booting raises."""
         try:
-            self._identity = await like.identity()
+            with span("identity of the machine"):
+                self._identity = await like.identity()
             self._store = templates.Store()
         except (NotSupported, OSError) as error:
             raise _NoTemplate(str(error)) from error
         for _ in range(2):
-            template = self._store.find(self._identity)
-            how = "it was there"
-            if template is None:
-                template, how = await self._make_or_wait(boot_scale(like))
+            with span("template"):
+                template = self._store.find(self._identity)
+                how = "it was there"
+                if template is None:
+                    template, how = await self._make_or_wait(boot_scale(like))
             try:
                 return await self._boot(template, how)
             except BootFailed as error:  # it ran, and was no good
@@ -115,8 +122,8 @@ class _Clone:
         raise _NoTemplate("a clone of a template that was just made does not start")
 
     async def _boot(self, template: Template, how: str) -> Booted:
-        config = dataclasses.replace(self._config, memory_file=template.memory, state_file=template.state)
-        machine = self._make(config)
+        saved = Saved(memory=template.memory, state=template.state)
+        machine = self._make(dataclasses.replace(self._config, saved=saved))
         booted = await boot(machine, hostname=self._hostname, timeout=self._timeout, scale=CLONE_SCALE)
         machine.explanation["template"] = f"{template.key}: {how}"
         return booted
@@ -148,11 +155,10 @@ class _Clone:
 
     async def _make_in(self, claim: templates.Claim) -> Template:
         """Boot, save, end.  Raises what booting raises, and `_NoTemplate` for what goes wrong after that."""
-        memory, state = claim.new / "memory", claim.new / "state"
-        machine = self._make(dataclasses.replace(self._config, memory_file=memory))
+        machine = self._make(self._config)
         booted = await boot(machine, hostname=self._hostname, timeout=self._timeout)
         try:
-            await _save(booted, state)
+            await _save(booted, claim.new / "memory", claim.new / "state")
         except ByreError as error:
             raise _NoTemplate(f"the machine could not be saved: {error.message}") from error
         finally:
@@ -171,8 +177,8 @@ class _Clone:
             raise _NoTemplate(f"the template could not be written: {error.strerror}") from error
 
 
-async def _save(booted: Booted, state: Path) -> None:
-    """Warm the guest up, have its agent let go of this host, and save it.  It must not run again."""
+async def _save(booted: Booted, memory: Path, state: Path) -> None:
+    """Warm the guest up, have its agent let go of this host, and save it."""
     machine, bridge, _ = booted
     await bridge.call("container.list", timeout=QUIESCE_TIMEOUT)  # with it the agent loads the disks' drivers
     await Guest(bridge).run(list(WARM), timeout=QUIESCE_TIMEOUT, capture_output=True)
@@ -185,7 +191,7 @@ async def _save(booted: Booted, state: Path) -> None:
     except TimeoutError:
         raise DeadlineExceeded(f"the agent did not fall quiet within {QUIESCE_TIMEOUT:g} s") from None
     await asyncio.sleep(CALM)
-    await machine.save(state)
+    await machine.save(memory, state)
 
 
 class Guest(GuestProcessHost):

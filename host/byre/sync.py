@@ -23,7 +23,7 @@ from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Self, TypeVar
 
-from . import cow, file_operation, file_streams, files, health, local, pod, pool, vm
+from . import cow, file_operation, file_streams, files, health, local, pod, pool, snapshots, vm
 from .ports import connection, forward
 
 if TYPE_CHECKING:
@@ -280,6 +280,10 @@ class UtilityVM(Facade):
         return cls._of(_loop.run(vm.UtilityVM.attach(name)))
 
 
+class Snapshot(Facade):
+    """A `byre.Snapshot`."""
+
+
 class LocalHost(Facade):
     """A `byre.LocalHost`."""
 
@@ -412,6 +416,7 @@ _FACADES: tuple[tuple[type, type[Facade]], ...] = (
     (forward.Forward, Forward),
     (forward.Exposure, Exposure),
     (connection.Connection, Connection),
+    (snapshots.Snapshot, Snapshot),
 )
 
 

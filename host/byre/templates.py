@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 #: Changes when what is in a template, or how a clone is made of it, changes: also the agent's part in it.
-FORMAT = 1
+FORMAT = 2
 
 #: Templates kept when another one is made, the last used first.  Each takes some 120 MB of disk; one is made anew
 #: in the time of a boot.

@@ -22,10 +22,9 @@ from byre.errors import (
     MachineFailed,
     NotSupported,
     ResourceExhausted,
-    TransportUnavailable,
 )
 from byre.machines.base import Machine
-from byre.machines.config import MachineConfig
+from byre.machines.config import MachineConfig, Saved
 from byre.machines.disks import MAX_DISKS
 from byre.machines.memory import MemoryMachine
 from byre.machines.qemu import QemuMachine
@@ -38,18 +37,18 @@ Scenario = Callable[[Machine], Awaitable[None]]
 SOON = float(os.environ.get("BYRE_TEST_SOON", "5"))
 
 
-def memory_machine(**files: Path) -> Machine:
+def memory_machine(saved: Saved | None = None) -> Machine:
     nothing = Path(os.devnull)
-    config = MachineConfig(kernel=nothing, initramfs=nothing, root=nothing, **files)
+    config = MachineConfig(kernel=nothing, initramfs=nothing, root=nothing, saved=saved)
     return MemoryMachine(lambda far: far.close, config=config)
 
 
-def qemu_machine(**files: Path) -> Machine:
+def qemu_machine(saved: Saved | None = None) -> Machine:
     import byre_images
 
     image = byre_images.ensure()
     config = MachineConfig(kernel=image.kernel, initramfs=image.initramfs, root=image.root, **machine_options())
-    return QemuMachine(dataclasses.replace(config, **files))
+    return QemuMachine(dataclasses.replace(config, saved=saved))
 
 
 @pytest.fixture(params=[memory_machine, pytest.param(qemu_machine, marks=pytest.mark.vm)])
@@ -257,29 +256,43 @@ def test_detaching_after_the_end_is_harmless(make: Make, files: list[Path]) -> N
     run(make, scenario)
 
 
-def test_a_saved_machine_goes_on_as_another_one_more_than_once(make: Make, tmp_path: Path) -> None:
+def test_a_saved_machine_goes_on_and_so_do_others_more_than_once(
+    make: Make, files: list[Path], tmp_path: Path
+) -> None:
     memory, state = tmp_path / "memory", tmp_path / "state"
+    found: list[Saved] = []
 
     async def save(machine: Machine) -> None:
         assert (await machine.identity()) == (await make().identity())
-        await machine.hang_up()
-        await machine.save(state)
-        with pytest.raises((ConnectionLost, MachineFailed, TransportUnavailable)):
-            await machine.connect()
+        disk = await machine.attach_disk(files[0])
+        found.append(await machine.save(memory, state))
+        assert found[-1].disks == (disk,)
+        await machine.resume()
+        await machine.detach_disk(disk)
 
     async def goes_on(machine: Machine) -> None:
         if machine_options()["transport"] != "vsock":  # there the guest dials, once it has booted
             (await machine.connect()).close()
-        disk = await machine.attach_disk(state)
+        (old,) = found[-1].disks
+        assert (await machine.attach_disk(files[0])) == old
+        new = await machine.attach_disk(files[1])
+        assert (new.target, new.serial) != (old.target, old.serial)
         await machine.pause()
         await machine.resume()
-        await machine.detach_disk(disk)
+        await machine.detach_disk(new)
 
-    run(lambda: make(memory_file=memory), save)
-    saved = memory.read_bytes()
+    async def save_again(machine: Machine) -> None:
+        assert machine.exited is None
+        found.append(await machine.save(memory, state))
+
+    run(make, save)
+    before = memory.read_bytes()
     for _ in range(2):
-        run(lambda: make(memory_file=memory, state_file=state), goes_on)
-    assert memory.read_bytes() == saved
+        run(lambda: make(found[0]), goes_on)
+    assert memory.read_bytes() == before
+    memory, state = tmp_path / "memory2", tmp_path / "state2"
+    run(lambda: make(found[0]), save_again)
+    run(lambda: make(found[1]), goes_on)
 
 
 def test_what_was_not_saved_does_not_start(make: Make, tmp_path: Path) -> None:
@@ -292,15 +305,17 @@ def test_what_was_not_saved_does_not_start(make: Make, tmp_path: Path) -> None:
             await machine.start()
         assert machine.exited is not None
 
-    run(lambda: make(memory_file=memory, state_file=state), start, start=False)
-    run(lambda: make(memory_file=memory, state_file=tmp_path / "missing"), start, start=False)
+    run(lambda: make(Saved(memory=memory, state=state)), start, start=False)
+    run(lambda: make(Saved(memory=memory, state=tmp_path / "missing")), start, start=False)
 
 
-def test_a_machine_of_anonymous_memory_is_not_saved(make: Make, tmp_path: Path) -> None:
+def test_a_disk_that_the_guest_can_write_to_is_not_saved(make: Make, files: list[Path], tmp_path: Path) -> None:
     async def scenario(machine: Machine) -> None:
-        with pytest.raises(NotSupported):
-            await machine.save(tmp_path / "state")
-        assert not (tmp_path / "state").exists()
+        disk = await machine.attach_disk(files[0], read_only=False)
+        with pytest.raises(NotSupported, match=files[0].name):
+            await machine.save(tmp_path / "memory", tmp_path / "state")
+        await machine.detach_disk(disk)
+        await machine.save(tmp_path / "memory", tmp_path / "state")
 
     run(make, scenario)
 

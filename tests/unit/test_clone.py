@@ -98,7 +98,7 @@ async def test_the_first_is_saved_and_ended_and_all_are_clones() -> None:
     saved = machines.saved[0]
     assert saved.exited is not None
     assert saved.running is False
-    clones = [machine for machine in machines.made if machine._config and machine._config.state_file]
+    clones = [machine for machine in machines.made if machine._config and machine._config.saved]
     assert len(clones) == 2
 
 

@@ -109,6 +109,14 @@ def test_stdin_stdout_and_stderr_pass_unchanged(up: None, busybox: str, where: s
     assert (done.returncode, done.stderr) == (0, b"to stderr\n")
 
 
+def test_timings_say_where_the_time_went(up: None) -> None:
+    done = byre("run", "--vm", "--timings", "echo", "hi")
+    assert (done.returncode, done.stdout) == (0, b"hi\n")
+    lines = done.stderr.decode().splitlines()
+    assert lines[0].split() == ["start", "took"]
+    assert [line[20:] for line in lines[1:]] == ["Python and imports", "exec", "output"]
+
+
 def test_stdin_is_passed_on_only_with_i(up: None) -> None:
     assert byre("run", "--vm", "cat", stdin=b"unseen").stdout == b""
 

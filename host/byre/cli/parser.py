@@ -179,6 +179,7 @@ def _run(parser: Parser) -> None:
     add("--in", dest="vm_name", metavar="VM", default="", help="run in this VM, which is up")
     add("--pod", metavar="NAME", default="", help="in this pod of the VM that is up (byre pod create)")
     add("--fresh", action="store_true", help="a VM for this command alone even while another one is up")
+    parser.add_argument("--timings", action="store_true", help="say on stderr where the time went")
     _template_mode(parser)
     add("-m", "--memory", type=size, metavar="BYTES", help="memory limit, as 512m or 2g (--vm: size of the VM)")
     add("--cpus", type=_positive_float, metavar="N", help="processors' worth of time (--vm: how many the VM has)")

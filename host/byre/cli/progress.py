@@ -6,12 +6,11 @@ import sys
 import time
 from typing import TYPE_CHECKING
 
-from byre.oci.pull import PullProgress
-
 from . import terminal
 from .status import say
 
 if TYPE_CHECKING:
+    from byre.oci.pull import PullProgress
     from byre.oci.store import LayerProgress
 
 #: Where nobody looks at a terminal, seconds between two lines about one pull.
@@ -36,6 +35,8 @@ class Progress:
         self._total = 0
 
     def __call__(self, step: PullProgress | LayerProgress) -> None:
+        from byre.oci.pull import PullProgress  # here: a command without an image does without it
+
         if isinstance(step, PullProgress):
             self._pull(step)
         elif self._terminal:

@@ -4,61 +4,95 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import sys
+import time
 from typing import TYPE_CHECKING, Any
 
 from byre import rundir
 from byre.errors import ContainerNotFound
 from byre.parameters import Resources
+from byre.timings import Timeline, age, span
 
 from . import foreground, terminal
-from .ports import forwards, publish
-from .progress import Progress
 from .selection import check_terminal, parameters, registry_of, talkative, variables, vm_of
 from .status import say
-from .vms import bring_up
 
 if TYPE_CHECKING:
     import argparse
 
     from byre.container import GuestContainer
+    from byre.ports.methods import Sockets
     from byre.vm import UtilityVM
+
+    from .progress import Progress
 
 
 def run(arguments: argparse.Namespace) -> int:
     check_terminal(arguments)
+    if arguments.timings:
+        return _timed(arguments)
     if arguments.detach:
         return foreground.run(lambda _: _detach(arguments))
     return foreground.run(lambda signals: _foreground(arguments, signals))
+
+
+def _timed(arguments: argparse.Namespace) -> int:
+    """`run`, and on stderr where the time went."""
+    timeline = Timeline()
+    now = time.monotonic()
+    timeline.add("Python and imports", now - age(), now)
+    arguments.timings = False
+    try:
+        return run(arguments)
+    finally:
+        timeline.stop()
+        sys.stderr.write(f"{timeline}\n")
 
 
 async def _foreground(arguments: argparse.Namespace, signals: foreground.Signals) -> int:
     async with vm_of(arguments) as (vm, own):
         if not arguments.vm:
             return await _container(arguments, signals, vm, own)
-        async with forwards(vm, arguments):
-            process = await vm.start_process(parameters(arguments, arguments.command_line))
+        async with _forwards(vm, arguments):
+            with span("exec"):
+                process = await vm.start_process(parameters(arguments, arguments.command_line))
             try:
-                return await foreground.attach(process, signals, arguments, kill=process.kill_tree)
+                with span("output"):
+                    return await foreground.attach(process, signals, arguments, kill=process.kill_tree)
             finally:
                 if not own:
                     await process.close()
 
 
+def _forwards(where: Sockets, arguments: argparse.Namespace) -> contextlib.AbstractAsyncContextManager[None]:
+    """What -p says.  What only some commands need is imported for them: a tenth of the time."""
+    if not arguments.publish:
+        return contextlib.nullcontext()
+    from .ports import forwards
+
+    return forwards(where, arguments)
+
+
 async def _container(arguments: argparse.Namespace, signals: foreground.Signals, vm: UtilityVM, own: bool) -> int:
+    from .progress import Progress
+
     # A VM of our own booted while the image was fetched.
     with Progress() as shown:
         pull = "missing" if own and arguments.pull != "never" else arguments.pull
-        container = await _create(arguments, vm, pull, shown)
+        with span("container"):
+            container = await _create(arguments, vm, pull, shown)
     ended = False
     try:
         if arguments.rm and not own:
             await vm.bridge.call("vm.remove_at_exit", container=container.id)
-        async with forwards(container, arguments):
-            init = await container.start_process(None)
+        async with _forwards(container, arguments):
+            with span("init"):
+                init = await container.start_process(None)
             try:
-                status = await foreground.attach(
-                    init, signals, arguments, kill=container.terminate, release=container.start
-                )
+                with span("output"):
+                    status = await foreground.attach(
+                        init, signals, arguments, kill=container.terminate, release=container.start
+                    )
             finally:
                 if not own:
                     await init.close()
@@ -83,8 +117,13 @@ async def _detach(arguments: argparse.Namespace) -> int:
     if not arguments.vm_name and not arguments.pod and not rundir.is_up(name):
         if talkative(arguments):
             say(f"bringing up the VM {name!r}; it stays up until: byre down")
+        from .vms import bring_up
+
         await bring_up(name, {})
     from byre.vm import UtilityVM
+
+    from .ports import publish
+    from .progress import Progress
 
     async with await UtilityVM.attach(name) as vm:
         with Progress() as shown:

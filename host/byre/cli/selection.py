@@ -19,6 +19,7 @@ from byre import rundir
 from byre.errors import InvalidRequest
 from byre.machines.spawn import stoppable
 from byre.parameters import ProcessParameters
+from byre.timings import span
 from byre.vm import UtilityVM
 
 from . import terminal
@@ -67,7 +68,7 @@ async def vm_of(arguments: argparse.Namespace) -> AsyncIterator[tuple[UtilityVM,
 @contextlib.asynccontextmanager
 async def _boot(vm: UtilityVM, arguments: argparse.Namespace) -> AsyncIterator[None]:
     """Boot, while the image's layers are made ready: one that is not there is not worth waiting for a VM."""
-    booting = asyncio.create_task(vm.start(say))
+    booting = asyncio.create_task(_start(vm))
     tasks: set[asyncio.Task[Any]] = {booting}
     if not arguments.vm and not arguments.rootfs:
         tasks.add(asyncio.create_task(stoppable(lambda check: _prepare(arguments, check))))
@@ -80,7 +81,13 @@ async def _boot(vm: UtilityVM, arguments: argparse.Namespace) -> AsyncIterator[N
         for task in tasks:
             task.cancel()
         await asyncio.wait(tasks)
-        await vm.close()
+        with span("end of the VM"):
+            await vm.close()
+
+
+async def _start(vm: UtilityVM) -> None:
+    with span("VM"):
+        await vm.start(say)
 
 
 def _prepare(arguments: argparse.Namespace, check: Callable[[], None]) -> None:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from byre.errors import ConnectionLost, NotSupported
-from byre.machines.config import MachineConfig
+from byre.machines.config import MachineConfig, Saved
 from byre.machines.console import ConsoleRing
 from byre.machines.disks import Disk, DiskTable
 
@@ -173,13 +173,20 @@ class Machine(abc.ABC):
         """Give up the channel for good, so that the guest can be saved: a clone's host finds it free."""
         raise NotSupported("machines of this kind cannot be saved")
 
-    async def save(self, state: Path) -> None:
-        """Stop it and write the state of all but its memory to the file `state`, which is made or replaced.
+    async def save(self, memory: Path, state: Path) -> Saved:
+        """Stop it and write its memory and the state of its devices to two files, which are made or replaced.
 
-        It must have been made with a `memory_file`, and must never run again: it would write into every clone.
-        `connect` is refused from then on.
+        `resume` lets it go on.  NotSupported for machines that cannot be saved, and for a disk that the guest can
+        write to, by its path: its contents would be those of a later moment.
         """
-        raise NotSupported("machines of this kind cannot be saved")
+        self._check_alive()
+        async with self._disks.still() as disks:
+            for disk in disks:
+                if not disk.read_only:
+                    raise NotSupported(f"the guest can write to the disk {disk.path}", hint="detach it first")
+            with self._until_end():
+                await self._save(memory, state)
+        return Saved(memory=memory, state=state, disks=disks)
 
     @abc.abstractmethod
     async def shutdown(self, timeout: float) -> None:
@@ -189,6 +196,10 @@ class Machine(abc.ABC):
     @abc.abstractmethod
     async def kill(self) -> None:
         """End it now and wait until nothing of it is left.  Harmless when repeated, and from two tasks (B51)."""
+
+    async def _save(self, memory: Path, state: Path) -> None:
+        """`save`, while no disk comes or goes."""
+        raise NotSupported("machines of this kind cannot be saved")
 
     @abc.abstractmethod
     async def _plug(self, disk: Disk) -> None:

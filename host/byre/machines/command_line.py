@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from byre.errors import InvalidRequest
 from byre.machines.config import MAX_COMMAND_LINE
-from byre.machines.scsi import CONTROLLER
+from byre.machines.scsi import CONTROLLER, device, node
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -42,6 +42,9 @@ _KERNEL = ("console=ttyS0", "quiet", "panic=-1", "reboot=t", "root=/dev/vda", "r
 #: For a counter whose rate is known.  The kernel's watchdog compares it with timer interrupts, of which a busy host
 #: delivers too few; it then takes the counter for broken and counts those interrupts instead, and time runs slow.
 _KERNEL_EMULATED = ("tsc=reliable",)
+
+#: Options and their values for a disk that is there from the start.
+_DISK = (("-blockdev", node), ("-device", device))
 
 #: microvm has no PCI.  The kernel would look for it at every place of 256 buses, by 33,000 port accesses.
 _KERNEL_MICROVM = ("pci=off",)
@@ -121,7 +124,8 @@ def qemu_command(
     return [
         *(QEMU, "-name", f"byre-{name}", "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"),
         *("-sandbox", _SANDBOX),
-        *("-machine", f"{_machine(choices)},memory-backend=memory0,dump-guest-core=off"),
+        *("-machine", f"{_machine(choices)},memory-backend=memory0,dump-guest-core=off,suppress-vmdesc=on"),
+        *("-global", "migration.send-configuration=off"),
         *("-accel", _accel(config, choices)),
         *("-cpu", config.cpu or ("host" if choices.accelerator == "kvm" else EMULATED_CPU)),
         *("-smp", str(config.cpus), "-object", json.dumps(_memory(config)), "-m", f"{config.memory_mib}M"),
@@ -131,27 +135,34 @@ def qemu_command(
         *("-chardev", f"socket,id=console,fd={console_fd}", "-serial", "chardev:console"),
         *("-blockdev", json.dumps(root), "-device", json.dumps(root_device)),
         *("-device", f"virtio-scsi-{bus},id={CONTROLLER}", "-device", f"virtio-rng-{bus}"),
-        *_balloon(config, choices),
+        *_balloon(choices),
         *transport,
-        *(("-incoming", "defer") if config.state_file else ()),
+        *_saved(config),
     ]
 
 
+def _saved(config: MachineConfig) -> list[str]:
+    """What a machine needs to go on from where another one was saved: its disks, at their places."""
+    if config.saved is None:
+        return []
+    parts = [(option, make(disk)) for disk in config.saved.disks for option, make in _DISK]
+    return ["-incoming", "defer", *(word for option, part in parts for word in (option, json.dumps(part)))]
+
+
 def _memory(config: MachineConfig) -> dict[str, object]:
-    """Anonymous memory, or a file: shared while it is made, and then a private copy of it, page by page on write.
+    """Anonymous memory, or a private copy of a file, page by page on write.
 
     A private copy must have no balloon and no page reporting: QEMU would punch the holes into the file.
     """
     memory: dict[str, object] = {"id": "memory0", "size": config.memory_mib * 1024 * 1024}
-    if config.memory_file is None:
+    if config.saved is None:
         return {"qom-type": "memory-backend-ram", **memory}
-    file = {"mem-path": str(config.memory_file), "share": config.state_file is None}
-    return {"qom-type": "memory-backend-file", **memory, **file}
+    return {"qom-type": "memory-backend-file", **memory, "mem-path": str(config.saved.memory), "share": False}
 
 
-def _balloon(config: MachineConfig, choices: Choices) -> tuple[str, ...]:
-    """For memory that is this machine's alone.  The guest takes some back before it kills for want of it."""
-    return () if config.memory_file else ("-device", f"virtio-balloon-{choices.bus},id=balloon0,deflate-on-oom=on")
+def _balloon(choices: Choices) -> tuple[str, ...]:
+    """The guest takes memory back before it kills for want of it.  A clone has what it was saved with, and no use."""
+    return ("-device", f"virtio-balloon-{choices.bus},id=balloon0,deflate-on-oom=on")
 
 
 def _machine(choices: Choices) -> str:

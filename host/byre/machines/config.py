@@ -13,6 +13,8 @@ from byre.errors import InvalidRequest, MachineFailed
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from byre.machines.disks import Disk
+
 #: With less, kernel, initramfs and agent do not fit and the guest panics at boot.
 MIN_MEMORY_MIB = 128
 #: microvm and q35 take 288; more than this on one host is a typing error.
@@ -23,6 +25,23 @@ MAX_COMMAND_LINE = 2048
 ACCELERATORS = ("auto", "kvm", "tcg")
 MACHINES = ("auto", "microvm", "pc", "q35")
 TRANSPORTS = ("auto", "virtio-serial", "vsock", "serial")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Saved:
+    """What `Machine.save` wrote of a machine.  Any number of machines like it go on from there: each copies what it
+    writes, page by page, and the files stay as they are.
+
+    memory, state   the files
+    disks           that it had then, and that have to be there again
+    host_gone       what its guest writes to the console when it notices that the host that it was saved with is not
+                    there any more, after which it takes another one; "": it was saved without a host
+    """
+
+    memory: Path
+    state: Path
+    disks: tuple[Disk, ...] = ()
+    host_gone: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,10 +59,8 @@ class MachineConfig:
     transport: str = "auto"
     #: Appended to the kernel's command line: the last one wins.
     kernel_arguments: tuple[str, ...] = ()
-    #: A file that is the guest's memory: the machine can then be saved.  With `state_file`, what `Machine.save`
-    #: wrote, the machine goes on from there, in a private copy of the memory.
-    memory_file: Path | None = None
-    state_file: Path | None = None
+    #: Where the machine goes on; None: it boots.
+    saved: Saved | None = None
     #: QEMU's -cpu; empty takes "host" under KVM and "max" under emulation.
     cpu: str = ""
 

@@ -9,10 +9,10 @@ descriptor for as long: with it go the locks of whoever opened it, and they end 
 from __future__ import annotations
 
 import asyncio
-import itertools
 import logging
 import os
 import stat
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -21,7 +21,7 @@ from byre.oci.files import Lease
 from byre_proto.errors import ByreError
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
     from pathlib import Path
 
 logger = logging.getLogger(__name__)
@@ -31,6 +31,10 @@ MAX_DISKS = 256
 
 #: How much later than it was told to a removal may give up, in seconds: an emulator that answers does so at once.
 LATE = 4.0
+
+
+#: A disk's serial number is this and a number that no other one of its machine has had.
+_SERIAL = "byre"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,13 +72,38 @@ class DiskTable:
         self._free = list(range(MAX_DISKS - 1, -1, -1))
         self._lost: list[Lease] = []
         self._late: set[asyncio.Future[None]] = set()  # removals that nobody awaits any longer
-        self._serials = itertools.count(1)
+        self._last_serial = 0
+        self._may_change = asyncio.Event()
+        self._may_change.set()
+
+    def adopt(self, disks: Iterable[Disk]) -> None:
+        """Take in what a saved machine begins with; nobody detaches it."""
+        for disk in disks:
+            identity = _identity(disk.path, None)
+            self._free.remove(disk.target)
+            place = self._places[identity] = _Place(disk, identity, references=1, plugged=True)
+            place.lease.add(disk.path)
+            self._last_serial = max(self._last_serial, int(disk.serial.removeprefix(_SERIAL)))
+
+    @asynccontextmanager
+    async def still(self) -> AsyncIterator[tuple[Disk, ...]]:
+        """The disks that are attached; within the context it stays so, and whoever wants another one waits."""
+        await self._may_change.wait()
+        self._may_change.clear()
+        try:
+            for place in list(self._places.values()):
+                async with place.lock:  # who has come this far goes first
+                    pass
+            yield tuple(place.disk for place in self._places.values() if place.plugged)
+        finally:
+            self._may_change.set()
 
     async def attach(self, path: Path, *, read_only: bool, file: int | None = None) -> Disk:
         """See `Machine.attach_disk`."""
         place = self._place_of(path, read_only, file)
         place.references += 1
         try:
+            await self._may_change.wait()
             async with place.lock:
                 if not place.plugged:
                     await self._plug_or_tidy(place)
@@ -89,6 +118,7 @@ class DiskTable:
         if place is None or not place.plugged:
             raise InvalidRequest(f"the disk {disk.path} is not attached")
         try:
+            await self._may_change.wait()
             async with place.lock:
                 if place.references == 1:  # nobody else wants it, or came to want it while this waited
                     await self._remove(place)
@@ -151,7 +181,8 @@ class DiskTable:
                 raise ResourceExhausted(
                     f"no place for another disk: all {MAX_DISKS} are taken", hint="use another virtual machine"
                 )
-            serial = f"byre{next(self._serials)}"
+            self._last_serial += 1
+            serial = f"{_SERIAL}{self._last_serial}"
             lease = Lease()
             held = None if file is None else lease.hold(file)
             if held is None and path.is_file():

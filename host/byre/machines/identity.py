@@ -26,7 +26,7 @@ _CPU_FIELDS = ("vendor_id", "cpu family", "model", "model name", "stepping", "mi
 
 def identity(config: MachineConfig, choices: Choices, transport: str, rough_khz: int | None) -> Identity:
     """Of the machine that a cold boot would make of these.  Raises OSError for files that are not there."""
-    plain = dataclasses.replace(config, memory_file=None, state_file=None)
+    plain = dataclasses.replace(config, saved=None)
     timeless = dataclasses.replace(choices, tsc_khz=None)
     command = qemu_command(plain, timeless, name="", qmp_fd=0, console_fd=0, transport=(), channel=transport)
     program = shutil.which(QEMU)

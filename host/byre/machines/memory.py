@@ -32,7 +32,7 @@ class MemoryMachine(Machine):
     """``guest`` is called by `start`.  ``disks`` are those attached now, ``running`` is False while paused."""
 
     def __init__(self, guest: Guest, *, secret: bytes | None = None, config: MachineConfig | None = None) -> None:
-        """With a `config` it can be saved: nothing of it is used but the two files."""
+        """With a `config` it can be saved: nothing of it is used but `saved`."""
         super().__init__()
         self._config = config
         self.disks: dict[int, Disk] = {}
@@ -86,17 +86,18 @@ class MemoryMachine(Machine):
         self._check_alive()
         self._transport.hang_up()
 
-    async def save(self, state: Path) -> None:
-        if self._config is None or self._config.memory_file is None:
-            raise NotSupported("only a machine whose memory is a file can be saved")
+    async def _save(self, memory: Path, state: Path) -> None:
+        if self._config is None:
+            raise NotSupported("a machine of memory without a configuration cannot be saved")
         await self.pause()
-        _write(self._config.memory_file, state)
+        _write(memory, state)
 
     def _load(self) -> None:
         """Go on from a state, if there is one."""
-        if self._config is None or self._config.state_file is None or self._config.memory_file is None:
+        if self._config is None or self._config.saved is None:
             return
-        for file, content in ((self._config.state_file, _STATE), (self._config.memory_file, _MEMORY)):
+        saved = self._config.saved
+        for file, content in ((saved.state, _STATE), (saved.memory, _MEMORY)):
             try:
                 found = file.read_bytes()
             except OSError as error:
@@ -105,6 +106,8 @@ class MemoryMachine(Machine):
             if found != content:
                 self.die("failed")
                 raise MachineFailed(f"{file} was not saved by such a machine")
+        self._disks.adopt(saved.disks)
+        self.disks = {disk.target: disk for disk in saved.disks}
 
     async def shutdown(self, timeout: float) -> None:
         if self._exit is None:

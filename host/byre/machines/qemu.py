@@ -17,7 +17,7 @@ import socket
 import subprocess
 from typing import TYPE_CHECKING, Any
 
-from byre.errors import ConnectionLost, DeadlineExceeded, InvalidRequest, MachineFailed, NotSupported, ToolMissing
+from byre.errors import ConnectionLost, DeadlineExceeded, MachineFailed, ToolMissing
 from byre.machines.accelerators import choose_accelerator
 from byre.machines.balloon import Balloon, Reclaimed
 from byre.machines.base import Identity, Machine, MachineExit
@@ -28,8 +28,10 @@ from byre.machines.console import ConsoleRing
 from byre.machines.identity import identity
 from byre.machines.migration import Migration
 from byre.machines.qmp import Qmp
+from byre.machines.saving import Continuation
 from byre.machines.scsi import ScsiBus
 from byre.machines.spawn import OwnedProcess, in_thread
+from byre.timings import span
 from byre.transports.choice import choose_transport
 from byre_proto.errors import printable
 
@@ -49,9 +51,6 @@ OLDEST_QEMU = (7, 2, 0)
 KILL_TIMEOUT = 10.0
 #: Of QEMU's own complaint, in errors; mostly one line says it all.
 _STDERR_LINES = 10
-
-#: The name under which QEMU knows the descriptor of the file to save to.
-_STATE = "state"
 
 #: Programs that every start needs, and the Debian package of each.
 TOOLS = {QEMU: "qemu-system-x86", "setpriv": "util-linux"}
@@ -82,6 +81,9 @@ class QemuMachine(Machine):
         self._shutdown_reason = ""
         self._bus = ScsiBus(self._execute, self._qmp.send_fd)
         self._balloon = Balloon(self._execute)
+        self._continuation = Continuation()
+        if config.saved is not None:
+            self._disks.adopt(config.saved.disks)
 
     @property
     def secret(self) -> bytes | None:
@@ -117,16 +119,19 @@ class QemuMachine(Machine):
     async def _start(self) -> None:
         self._check()
         # Only a kernel that boots is told the rate, so only then it has to be right.
-        choices, transport = await self._choose(rough_tsc_khz if self._config.state_file else tsc_khz)
-        qmp, state_fd = self._spawn(choices, transport)
-        self._reaper = asyncio.create_task(self._reap(), name=f"machine {self.id}")
-        await self._qmp.connect(qmp)
+        with span("choices"):
+            choices, transport = await self._choose(rough_tsc_khz if self._config.saved else tsc_khz)
+        with span("QEMU"):
+            qmp, state_fd = self._spawn(choices, transport)
+            self._reaper = asyncio.create_task(self._reap(), name=f"machine {self.id}")
+            await self._qmp.connect(qmp)
         found, oldest = (".".join(map(str, v)) for v in (self._qmp.version, OLDEST_QEMU))
         self.explanation["qemu"] = found
         if self._qmp.version < OLDEST_QEMU:
             raise MachineFailed(f"QEMU {found} is too old", hint=f"install {oldest} or later")
         if state_fd is not None:
-            await self._migration.load(state_fd)
+            with span("state"):
+                await self._migration.load(state_fd)
 
     def _check(self) -> None:
         self._config.check()
@@ -164,11 +169,16 @@ class QemuMachine(Machine):
         """
         with contextlib.ExitStack() as undo:
             undo.callback(transport.close)
-            wiring = transport.open(choices.bus)
+            saved = self._config.saved
+            wiring = transport.open(choices.bus, had_host=bool(saved and saved.host_gone))
             handed = list(wiring.handed)
             undo.callback(_close_all, handed)
+            undo.callback(self._continuation.close)
+            self._continuation.keep_back(wiring)
             (qmp, qmp_fd), (console, console_fd) = _pair(undo, handed), _pair(undo, handed)
-            state_fd = _state(self._config, handed)
+            state_fd = None
+            if saved is not None:
+                handed.append(state_fd := self._continuation.open(saved))
             command = qemu_command(
                 self._config,
                 choices,
@@ -196,6 +206,9 @@ class QemuMachine(Machine):
         if self._transport is None:
             raise MachineFailed("the machine has not been started")
         with self._until_end():
+            if self._continuation.waits and self._config.saved is not None:
+                await self.wait_console(self._config.saved.host_gone)
+                await self._continuation.show_channel(self._qmp)
             return await self._transport.connect()
 
     async def pause(self) -> None:
@@ -205,7 +218,7 @@ class QemuMachine(Machine):
         await self._execute("cont")
 
     async def reclaim(self, memory_mib: int) -> Reclaimed:
-        if self._config.memory_file is not None:
+        if self._config.saved is not None:
             return await super().reclaim(memory_mib)
         if not MIN_MEMORY_MIB <= memory_mib <= self._config.memory_mib:
             raise InvalidRequest(
@@ -220,15 +233,12 @@ class QemuMachine(Machine):
         if self._transport is not None:
             self._transport.hang_up()
 
-    async def save(self, state: Path) -> None:
-        if self._config.memory_file is None:
-            raise NotSupported("only a machine whose memory is a file can be saved")
-        with self._until_end(), state.open("wb") as file:
-            self._qmp.send_fd(file.fileno())
-            await self._qmp.execute("getfd", {"fdname": _STATE})
-            await self._migration.save(_STATE)
-        assert self._transport is not None, "it runs"
-        self._transport.close()  # nobody will answer any more
+    async def _save(self, memory: Path, state: Path) -> None:
+        if self._process is None or self._process.pid is None:
+            raise MachineFailed("the machine has not been started")
+        size, pid = self._config.memory_mib * 1024 * 1024, self._process.pid
+        written = await self._continuation.save(self._qmp, self._migration, pid, size, memory, state)
+        logger.info("= vm %s was saved: %.1f MiB were written", self.id, written / 1024**2)
 
     async def shutdown(self, timeout: float) -> None:
         try:
@@ -319,20 +329,10 @@ class QemuMachine(Machine):
     def _give_back(self, how: MachineExit) -> None:
         if self._transport is not None:
             self._transport.close()
+        self._continuation.close()
         if self._exit is None:
             logger.info("x vm %s: %s", self.id, how.reason)
         self._publish(how)
-
-
-def _state(config: MachineConfig, handed: list[int]) -> int | None:
-    """The file of a saved state, open and added to `handed`; None where there is none."""
-    if config.state_file is None:
-        return None
-    try:
-        handed.append(os.open(config.state_file, os.O_RDONLY | os.O_CLOEXEC))
-    except OSError as error:
-        raise MachineFailed(f"cannot read the saved state {config.state_file}: {error.strerror}") from error
-    return handed[-1]
 
 
 def _close_all(descriptors: list[int]) -> None:

@@ -32,6 +32,32 @@ class Execute(Protocol):
     async def __call__(self, command: str, arguments: Mapping[str, Any] | None = None) -> Any: ...
 
 
+def node(disk: Disk) -> dict[str, object]:
+    """The block node of a disk, as QMP and the command line take it."""
+    return {
+        "driver": "host_device" if disk.file is None and disk.path.is_block_device() else "file",
+        "node-name": disk.serial,
+        "filename": str(disk.path),
+        "read-only": disk.read_only,
+        "discard": "unmap",
+    }
+
+
+def device(disk: Disk) -> dict[str, object]:
+    """Its device on the bus."""
+    return {
+        "driver": "scsi-hd",
+        "bus": f"{CONTROLLER}.0",
+        "id": disk.serial,
+        "drive": disk.serial,
+        "serial": disk.serial,
+        "scsi-id": disk.target,
+        "lun": disk.lun,
+        "werror": "report",  # the default stops the whole machine when the host's disk is full
+        "rerror": "report",
+    }
+
+
 class ScsiBus:
     """The bus of one machine."""
 
@@ -43,28 +69,9 @@ class ScsiBus:
 
     async def plug(self, disk: Disk) -> None:
         """Add the disk.  After a failure `unplug` is due."""
-        name = disk.serial
-        given = disk.file is not None
-        node = {
-            "driver": "host_device" if not given and disk.path.is_block_device() else "file",
-            "node-name": name,
-            "filename": await self._hand_over(disk) if given else str(disk.path),
-            "read-only": disk.read_only,
-            "discard": "unmap",
-        }
-        device = {
-            "driver": "scsi-hd",
-            "bus": f"{CONTROLLER}.0",
-            "id": name,
-            "drive": name,
-            "serial": name,
-            "scsi-id": disk.target,
-            "lun": disk.lun,
-            "werror": "report",  # the default stops the whole machine when the host's disk is full
-            "rerror": "report",
-        }
-        await self._execute("blockdev-add", node)
-        await self._execute("device_add", device)
+        given = {"filename": await self._hand_over(disk)} if disk.file is not None else {}
+        await self._execute("blockdev-add", {**node(disk), **given})
+        await self._execute("device_add", device(disk))
 
     async def _hand_over(self, disk: Disk) -> str:
         """Give QEMU the descriptor of a disk; the name of the set of descriptors that it is in."""

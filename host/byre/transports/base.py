@@ -19,12 +19,15 @@ if TYPE_CHECKING:
 class Wiring:
     """What a transport adds to a machine.
 
-    ``handed`` are descriptors for the emulator, inherited under the same numbers; they are the machine's to close.
+    ``handed`` are descriptors for the emulator, inherited under the same numbers; they, and that of ``later``, are
+    the machine's to close.
     """
 
     arguments: tuple[str, ...]
     kernel_argument: str
     handed: tuple[int, ...]
+    #: A character device and the descriptor that it is to end in, where the guest is to find no host at first.
+    later: tuple[str, int] | None = None
 
 
 class Transport(abc.ABC):
@@ -47,9 +50,10 @@ class Transport(abc.ABC):
         return None
 
     @abc.abstractmethod
-    def open(self, bus: str) -> Wiring:
+    def open(self, bus: str, *, had_host: bool = False) -> Wiring:
         """Take what it needs of the host, once.  ``bus`` ends the names of the machine's virtio devices ("pci" or
-        "device").  TransportUnavailable if something cannot be had."""
+        "device"); ``had_host``: the guest goes on from where it had a host, and has to notice that this is another
+        one.  TransportUnavailable if something cannot be had."""
 
     @abc.abstractmethod
     async def connect(self) -> socket.socket:

@@ -29,6 +29,6 @@ class MemoryTransport(PairTransport):
     def secret(self) -> bytes | None:
         return self._secret
 
-    def open(self, bus: str = "") -> Wiring:
+    def open(self, bus: str = "", *, had_host: bool = False) -> Wiring:
         self.guest = self._make_pair()
         return Wiring(arguments=(), kernel_argument=f"byre.channel={self.name}", handed=())

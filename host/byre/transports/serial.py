@@ -40,7 +40,7 @@ class Serial(PairTransport):
     name = "serial"
     lossy = True
 
-    def open(self, bus: str) -> Wiring:
+    def open(self, bus: str, *, had_host: bool = False) -> Wiring:
         fd = self._make_pair().detach()
         return Wiring(
             arguments=(

@@ -70,7 +70,7 @@ class Vsock(Transport):
     def secret(self) -> bytes:
         return self._secret
 
-    def open(self, bus: str) -> Wiring:
+    def open(self, bus: str, *, had_host: bool = False) -> Wiring:
         handed: list[int] = []
         try:
             self._listener = _listen()
