@@ -152,7 +152,7 @@ def _saved(config: MachineConfig) -> list[str]:
 def _memory(config: MachineConfig) -> dict[str, object]:
     """Anonymous memory, or a private copy of a file, page by page on write.
 
-    A private copy must have no balloon and no page reporting: QEMU would punch the holes into the file.
+    A private copy must give nothing back (balloon, page reporting): QEMU would punch the holes into the file.
     """
     memory: dict[str, object] = {"id": "memory0", "size": config.memory_mib * 1024 * 1024}
     if config.saved is None:
@@ -161,7 +161,7 @@ def _memory(config: MachineConfig) -> dict[str, object]:
 
 
 def _balloon(choices: Choices) -> tuple[str, ...]:
-    """The guest takes memory back before it kills for want of it.  A clone has what it was saved with, and no use."""
+    """The guest takes memory back before it kills for want of it.  A clone has it because it was saved with it."""
     return ("-device", f"virtio-balloon-{choices.bus},id=balloon0,deflate-on-oom=on")
 
 

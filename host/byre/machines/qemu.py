@@ -17,7 +17,7 @@ import socket
 import subprocess
 from typing import TYPE_CHECKING, Any
 
-from byre.errors import ConnectionLost, DeadlineExceeded, MachineFailed, ToolMissing
+from byre.errors import ConnectionLost, DeadlineExceeded, InvalidRequest, MachineFailed, ToolMissing
 from byre.machines.accelerators import choose_accelerator
 from byre.machines.balloon import Balloon, Reclaimed
 from byre.machines.base import Identity, Machine, MachineExit
