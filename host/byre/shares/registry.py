@@ -19,11 +19,12 @@ from byre.machines.spawn import in_thread
 from byre.ports.connection import Connection
 from byre.ports.splice import Local, splice
 
-from . import server
 from .share import Share
 
 if TYPE_CHECKING:
     from byre.bridge import Bridge
+
+    from .server import Server
 
 _log = logging.getLogger(__name__)
 
@@ -50,6 +51,8 @@ class HeldShares(Shares):
     """See the module."""
 
     async def share(self, directory: str, read_only: bool, cache: str) -> Share:
+        from . import server
+
         await in_thread(lambda: server.check(directory))
         diod = server.Server(directory, read_only)
         await diod.start()
@@ -78,7 +81,7 @@ class HeldShares(Shares):
         return Share(self._bridge, name, found["path"], directory)
 
 
-async def _carry(diod: server.Server, near: Local, far: Connection) -> None:
+async def _carry(diod: Server, near: Local, far: Connection) -> None:
     """Between the two until either has ended; then the other ends, too."""
     carrying = asyncio.create_task(splice(near, far))
     ending = asyncio.create_task(diod.wait())

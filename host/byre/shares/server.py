@@ -25,7 +25,6 @@ from byre.errors import (
     ToolMissing,
 )
 from byre.machines.spawn import OwnedProcess
-from byre_images.tools import SEARCH
 
 #: The program.
 DIOD = "diod"
@@ -153,6 +152,8 @@ class Server:
 
 def found() -> str:
     """The server's program.  Raises `ToolMissing`."""
+    from byre_images.tools import SEARCH
+
     path = shutil.which(DIOD, path=SEARCH)
     if path is None:
         raise ToolMissing("there is no diod to share directories with", hint="apt install diod")
