@@ -144,8 +144,9 @@ class Journal(Events):
             details = {"source": event.source, "level": event.level, "message": event.message}
             self.add(LogLine, **details, dropped=event.dropped)
         elif event.name in _FROM_GUEST:
-            container = event.fields["container"][:MAX_TEXT]
-            self.add(_FROM_GUEST[event.name], **{**event.fields, "container": container})
+            record = _FROM_GUEST[event.name]
+            details = {name: value for name, value in event.fields.items() if name in record.__dataclass_fields__}
+            self.add(record, **{**details, "container": event.fields["container"][:MAX_TEXT]})
 
     def now(self) -> asyncio.Future[int]:
         number: asyncio.Future[int] = asyncio.get_running_loop().create_future()

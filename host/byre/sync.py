@@ -166,7 +166,7 @@ class Process(Facade):
         if "_files" not in vars(self):
             stdin, stdout, stderr = self._target.stdio
             self._files = Stdio(
-                None if stdin is None else _BufferedWriter(_Writer(stdin), BUFFER),
+                None if stdin is None else _BufferedWriter(stdin),
                 None if stdout is None else io.BufferedReader(_Reader(stdout), BUFFER),
                 None if stderr is None else io.BufferedReader(_Reader(stderr), BUFFER),
             )
@@ -213,7 +213,7 @@ class Connection(Facade):
     def __iter__(self) -> Iterator[Any]:
         if "_pair" not in vars(self):
             reader, writer = self._target
-            self._pair = io.BufferedReader(_Reader(reader), BUFFER), _BufferedWriter(_Writer(writer), BUFFER)
+            self._pair = io.BufferedReader(_Reader(reader), BUFFER), _BufferedWriter(writer)
         return iter(self._pair)
 
     @property
@@ -394,10 +394,12 @@ class _BufferedWriter(io.BufferedWriter):
     """What is dropped without being closed is flushed and closed by whatever thread the garbage collector runs in,
     and that may be one whose start the loop is waiting for."""
 
-    raw: _Writer
+    def __init__(self, writer: asyncio.StreamWriter) -> None:
+        self._below = _Writer(writer)
+        super().__init__(self._below, BUFFER)
 
     def __del__(self) -> None:
-        self.raw.dropped = True
+        self._below.dropped = True
         super().__del__()
 
 

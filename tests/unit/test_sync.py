@@ -148,7 +148,7 @@ def test_a_file_that_is_dropped_is_flushed_and_closed_without_waiting(host: Host
     """The garbage collector runs in any thread: in the loop's own, and in one whose start the loop waits for."""
     with host.create_process(ProcessParameters(args=["cat"], stdin=True, stdout=True)) as process:
         files = [process._target.stdio.stdin]
-        file = sync._BufferedWriter(sync._Writer(files.pop()), 64)
+        file = sync._BufferedWriter(files.pop())
         file.write(b"unflushed")
         files.append(file)
         del file
