@@ -49,7 +49,7 @@ behaviours: setup-test
 	$(BIN)/python -m tests.behaviours
 
 bench: setup
-	for name in boot clone echo cli pool exec exec-container container stdio ping layers serial; do $(BIN)/python -m benchmarks $$name --json || exit 1; done
+	for name in boot clone echo cli pool snapshot exec exec-container container stdio ping growth layers serial shares; do $(BIN)/python -m benchmarks $$name --json || exit 1; done
 
 lint: setup-test
 	$(BIN)/python -m pytest tests/unit/test_linters.py tests/unit/test_layering.py
