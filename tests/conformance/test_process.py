@@ -72,9 +72,9 @@ async def test_output_before_exit_is_whole(host: ProcessHost, first: str) -> Non
 @pytest.mark.behaviour("B2")
 @pytest.mark.not_on("serial")  # it takes half a minute there; test_output_before_exit_is_whole shows the same
 async def test_many_mebibytes_before_exit_are_whole(host: ProcessHost) -> None:
-    async with await shell(host, "head -c 3145728 /dev/zero; exit 4", stdout=True) as process:
+    async with await shell(host, "head -c 2097152 /dev/zero; exit 4", stdout=True) as process:
         waiting = asyncio.ensure_future(ended(process))
-        assert len(await read_all(process)) == 3 * MIB
+        assert len(await read_all(process)) == 2 * MIB
         assert await waiting == 4
 
 
