@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import subprocess
 import signal
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -121,10 +121,16 @@ async def test_ten_thousand_small_files_are_listed(vm: Any, shared: Path) -> Non
     assert names == sorted(os.listdir(shared))
 
 
-async def test_a_directory_is_the_whole_root_of_a_container(vm: Any, tmp_path: Path) -> None:
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """A directory with busybox's root file system."""
     root = tmp_path / "root"
     root.mkdir()
     subprocess.run(["tar", "-x", "-C", root], input=busybox_image.busybox_layer(), check=True)
+    return root
+
+
+async def test_a_directory_is_the_whole_root_of_a_container(vm: Any, root: Path) -> None:
     before = sorted(str(path) for path in root.rglob("*"))
     async with await vm.create_container(rootfs=root, args=["sleep", "infinity"]) as container:
         await container.start()
