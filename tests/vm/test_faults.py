@@ -8,8 +8,9 @@ import sys
 import pytest
 
 from tests.faults.strikes import STRIKES
+from tests.namespaces import needs_root_or_user_namespaces
 
-pytestmark = pytest.mark.vm
+pytestmark = [pytest.mark.vm, needs_root_or_user_namespaces]
 
 #: Seconds; a round takes two to twenty, the longer ones because deadlines run out in them.
 LIMIT = 600

@@ -12,8 +12,9 @@ import pytest
 
 from tests.conformance.test_process import SOON
 from tests.conftest import machine_options
+from tests.namespaces import needs_root_or_user_namespaces
 
-pytestmark = pytest.mark.vm
+pytestmark = [pytest.mark.vm, needs_root_or_user_namespaces]
 
 #: Run in a mount namespace of its own, in which the volumes are on a small file system.
 PROGRAM = """

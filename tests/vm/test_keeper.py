@@ -19,6 +19,7 @@ from byre.machines.config import MIN_MEMORY_MIB
 from byre.mounts import HostDirectory
 from tests.conformance.test_process import SOON
 from tests.conftest import machine_options
+from tests.namespaces import needs_user_namespaces
 
 pytestmark = pytest.mark.vm
 
@@ -180,6 +181,7 @@ async def test_a_client_that_does_not_read_costs_the_keeper_no_memory(detached_v
         await process.close()
 
 
+@needs_user_namespaces
 async def test_a_shared_directory_is_the_keepers_and_goes_with_its_container(
     detached_vm: Any, busybox: str, tmp_path: Path
 ) -> None:

@@ -16,9 +16,10 @@ from byre import errors
 from byre.mounts import HostDirectory
 from examples import busybox_image
 from tests.conformance.test_process import SOON
+from tests.namespaces import needs_user_namespaces
 from tests.unit.test_shares import children
 
-pytestmark = pytest.mark.vm
+pytestmark = [pytest.mark.vm, needs_user_namespaces]
 
 #: Whether owners are kept: an ordinary user has but himself.
 OWNERS = os.geteuid() == 0
