@@ -8,9 +8,9 @@ import sys
 import pytest
 
 from tests.faults.strikes import STRIKES
-from tests.namespaces import needs_root_or_user_namespaces
+from tests.namespaces import needs_own_mounts
 
-pytestmark = [pytest.mark.vm, needs_root_or_user_namespaces]
+pytestmark = [pytest.mark.vm, needs_own_mounts]
 
 #: Seconds; a round takes two to twenty, the longer ones because deadlines run out in them.
 LIMIT = 600

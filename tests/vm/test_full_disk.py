@@ -12,9 +12,9 @@ import pytest
 
 from tests.conformance.test_process import SOON
 from tests.conftest import machine_options
-from tests.namespaces import needs_root_or_user_namespaces
+from tests.namespaces import OWN_MOUNTS, needs_own_mounts
 
-pytestmark = [pytest.mark.vm, needs_root_or_user_namespaces]
+pytestmark = [pytest.mark.vm, needs_own_mounts]
 
 #: Run in a mount namespace of its own, in which the volumes are on a small file system.
 PROGRAM = """
@@ -54,7 +54,7 @@ asyncio.run(main(sys.argv[1], json.loads(sys.argv[2])))
 
 @pytest.mark.behaviour("B64")
 def test_a_full_host_is_an_error_inside_and_told_and_the_vm_goes_on(busybox: str, tmp_path: Path) -> None:
-    namespace = ["unshare", "--mount"] + ([] if os.geteuid() == 0 else ["--user", "--map-root-user"])
+    namespace = ["unshare", *OWN_MOUNTS]
     mount = 'mount -t tmpfs -o size=16m tmpfs "$0" && exec "$@"'
     program = [sys.executable, "-c", PROGRAM, busybox, json.dumps(machine_options())]
     environment = {**os.environ, "XDG_DATA_HOME": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
