@@ -1,7 +1,7 @@
 """What namespaces this host lets the tests make, for those that need some.
 
-A kernel, a container's seccomp filter or a chroot may forbid them (user_namespaces(7), mount_namespaces(7)).  Without
-user namespaces byre refuses to share a directory and says so, which is tested everywhere.
+A kernel, a container's seccomp filter or a chroot may forbid them (user_namespaces(7), mount_namespaces(7)).
+Without user namespaces byre refuses to share a directory and says so, which is tested everywhere.
 """
 
 from __future__ import annotations
