@@ -69,7 +69,12 @@ async def guest(vm: Any) -> list[str]:
 
 
 def _target(fd: str) -> str:
+    """Without what changes while it is open: a template that is pruned is another file for none of its clones."""
     try:
-        return re.sub(r"\[\d+\]|/proc/\d+", "", os.readlink(f"/proc/self/fd/{fd}"))
+        return re.sub(
+            r"\[\d+\]|/proc/\d+|(?<=/templates/)[0-9a-f]+(\.gone)?(?=/)| \(deleted\)$",
+            "",
+            os.readlink(f"/proc/self/fd/{fd}"),
+        )
     except OSError:
         return ""
