@@ -54,8 +54,9 @@ CANCEL_LIMIT = 4.0
 #: A client that comes while the VM boots waits this long for it, in seconds.
 ATTACH_TIMEOUT = 120.0
 
-#: Beyond the VM's own patience: for the keeper to tidy up and end, in seconds.
-END_MARGIN = 15.0
+#: Beyond the VM's own patience: for the keeper to kill its machine, tidy up and end, in seconds.  One that takes
+#: longer hangs.
+END_MARGIN = 4.0
 
 #: What may be read of a keeper's report: an error with its console.
 MAX_REPORT = 1024 * 1024
@@ -181,15 +182,16 @@ async def end(name: str = DEFAULT, timeout: float = 10.0) -> None:
     """
     keeper = _open_keeper(name)
     try:
-        with contextlib.suppress(ConnectionLost, TimeoutError):
-            async with asyncio.timeout(timeout + END_MARGIN):
+        async with asyncio.timeout(timeout + END_MARGIN):
+            with contextlib.suppress(ConnectionLost):
                 client, bridge = await attach(name)
                 try:
                     await client.shutdown(timeout)
                 finally:
                     await bridge.close()
-        if not await _ended(keeper, END_MARGIN):
-            await _kill(keeper)
+            await peer.ended(keeper)
+    except TimeoutError:  # of the asking, or of the end: either hangs
+        await _kill(keeper)
     finally:
         os.close(keeper)
     rundir.sweep(name)
@@ -203,17 +205,9 @@ def _open_keeper(name: str) -> int:
 
 async def _kill(keeper: int) -> None:
     signal.pidfd_send_signal(keeper, signal.SIGKILL)
-    await _ended(keeper, END_MARGIN)
-
-
-async def _ended(pidfd: int, timeout: float) -> bool:
-    """Whether the process ended within `timeout` seconds."""
-    try:
-        async with asyncio.timeout(timeout):
-            await peer.ended(pidfd)
-    except TimeoutError:
-        return False
-    return True
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(END_MARGIN):
+            await peer.ended(keeper)
 
 
 def _peer(sock: socket.socket) -> int:

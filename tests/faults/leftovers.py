@@ -16,8 +16,8 @@ from typing import Any
 
 from .places import descendants, name_of
 
-#: Seconds in which what is ending must be gone, on a machine that has more to do than it can.
-PATIENCE = 15.0
+#: Seconds in which what is ending must be gone.
+PATIENCE = 5.0
 
 #: A guest's processes (zombies too), cgroups, mounts and files; not the agent's, and not this look's own.
 _LOOK = r"""
