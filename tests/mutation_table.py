@@ -599,8 +599,8 @@ MUTATIONS = (
         "B47",
         "the agent stands still while somebody waits for an exit",
         "guest/byre_guest/processes.py",
-        "        process.waiters.append(call)\n",
-        "        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)\n        process.waiters.append(call)\n",
+        "call.wait_among(process.waiters)",
+        "call.wait_among(os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT) and process.waiters)",
         ("tests/unit/test_guest_server.py::test_replies_come_in_any_order",),
     ),
     Mutation(

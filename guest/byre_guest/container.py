@@ -293,14 +293,8 @@ class Container:
         """`container.wait`: answers with the exit, now or later."""
         if self.exit is not None:
             call.reply(self.exit)
-            return
-
-        def give_up(error: ByreError) -> None:
-            self._waiters.remove(call)
-            call.fail(error)
-
-        self._waiters.append(call)
-        call.on_cancel = give_up
+        else:
+            call.wait_among(self._waiters)
 
     # -- delete --------------------------------------------------------------------------------------------
 

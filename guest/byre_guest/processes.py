@@ -347,14 +347,8 @@ class Processes:
         process = self.find(arguments["process"])
         if process.exit is not None:
             call.reply(process.exit)
-            return
-
-        def give_up(error: ByreError) -> None:
-            process.waiters.remove(call)
-            call.fail(error)
-
-        process.waiters.append(call)
-        call.on_cancel = give_up
+        else:
+            call.wait_among(process.waiters)
 
     def list(self, call: Call, _arguments: dict[str, Any]) -> None:
         """`process.list`."""

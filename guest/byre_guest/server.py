@@ -75,6 +75,16 @@ class Call:
             on_cancel, self.on_cancel = self.on_cancel, None
             on_cancel(error)
 
+    def wait_among(self, waiting: list[Call]) -> None:
+        """It is answered later, with all of these; given up, it is none of them."""
+
+        def leave(error: ByreError) -> None:
+            waiting.remove(self)
+            self.fail(error)
+
+        waiting.append(self)
+        self.on_cancel = leave
+
     def start_clock(self, loop: Loop) -> None:
         """Enforce the deadline of a call that was not answered at once."""
         if self.timeout is not None and not self.answered:

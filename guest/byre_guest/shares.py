@@ -206,14 +206,8 @@ class Shares:
         share = self._shares.get(arguments["share"])
         if share is None or share.state == "lost":
             call.reply({"lost": share is not None})
-            return
-
-        def give_up(error: ByreError) -> None:
-            share.waiting.remove(call)
-            call.fail(error)
-
-        share.waiting.append(call)
-        call.on_cancel = give_up
+        else:
+            call.wait_among(share.waiting)
 
     # -- unmount -------------------------------------------------------------------------------------------
 

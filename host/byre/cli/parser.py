@@ -6,6 +6,7 @@ Options end where the image (or the command) begins, as container users expect: 
 from __future__ import annotations
 
 import argparse
+import keyword
 import sys
 
 TYPE_CHECKING = False  # the typing module is not needed to print a version
@@ -313,25 +314,33 @@ def _template_mode(parser: Parser) -> None:
     )
 
 
-def _pod(parser: Parser) -> None:
+def _actions(parser: Parser, module: str) -> Callable[[str, str], Parser]:
+    """Makes the parsers of a command's actions, each a function of that name in the module."""
     actions = parser.add_subparsers(title="actions", metavar="ACTION", required=True, parser_class=Parser)
 
     def add(name: str, text: str) -> Parser:
         sub = actions.add_parser(name, help=text, description=text, allow_abbrev=False)
-        sub.set_defaults(command=f"pods:{name}", parser=sub)
+        function = f"{name}_" if keyword.iskeyword(name) else name
+        sub.set_defaults(command=f"{module}:{function}", parser=sub)
         _common(sub, default=argparse.SUPPRESS)
-        _in(sub)
         return sub
 
+    return add
+
+
+def _pod(parser: Parser) -> None:
+    add = _actions(parser, "pods")
     create = add("create", "Make a pod, and print its name.")
+    _in(create)
     create.add_argument("name", nargs="?", default="", metavar="NAME", help="a random one without it")
     create.add_argument("--hostname", default="", metavar="NAME", help="host name inside; the pod's without it")
     create.add_argument("--share-pid", action="store_true", help="its containers see and signal each other")
     create.add_argument("-m", "--memory", type=size, metavar="BYTES", help="limit of all together, as 512m or 2g")
     create.add_argument("--cpus", type=_positive_float, metavar="N", help="processors' worth of time, all together")
     create.add_argument("--pids-limit", type=int, metavar="N", help="most processes and threads, all together")
-    add("ls", "List the pods.")
+    _in(add("ls", "List the pods."))
     rm = add("rm", "Delete pods, with their containers, which have ended.")
+    _in(rm)
     rm.add_argument("-f", "--force", action="store_true", help="kill those that run")
     rm.add_argument("pods", metavar="POD", nargs="+")
 
@@ -385,15 +394,7 @@ def _watching(add: Callable[[str, str, str], Parser]) -> None:
 
 
 def _image(parser: Parser) -> None:
-    actions = parser.add_subparsers(title="actions", metavar="ACTION", required=True, parser_class=Parser)
-
-    def add(name: str, text: str) -> Parser:
-        sub = actions.add_parser(name, help=text, description=text, allow_abbrev=False)
-        module = "image" if name in ("build", "verify", "export") else "images"
-        sub.set_defaults(command=f"{module}:{name}".replace(":import", ":import_"), parser=sub)
-        _common(sub, default=argparse.SUPPRESS)
-        return sub
-
+    add = _actions(parser, "images")
     for name, text in (
         ("pull", "Fetch images from their registries, or what has changed of them."),
         ("inspect", "Print what images are, as JSON: configuration, layers, digests."),
@@ -411,9 +412,15 @@ def _image(parser: Parser) -> None:
     sub = add("import", "Take in a file: an OCI or docker archive or layout, or what `byre image export` wrote.")
     sub.add_argument("file", metavar="FILE", help="PATH[:TAG]")
     sub.add_argument("name", metavar="NAME", nargs="?", default="", help="of the image; the one that it has itself")
-    add("build", "Build the guest image from Debian packages, or find the one that is built.")
-    add("verify", "Compare the guest images' files with their manifests.")
-    add("export", "Write the guest image to one file, for hosts that cannot build it.").add_argument("file")
+    for name, text in (
+        ("build", "Build the guest image from Debian packages, or find the one that is built."),
+        ("verify", "Compare the guest images' files with their manifests."),
+        ("export", "Write the guest image to one file, for hosts that cannot build it."),
+    ):
+        sub = add(name, text)
+        sub.set_defaults(command=f"image:{name}")
+        if name == "export":
+            sub.add_argument("file")
 
 
 def _registry(parser: Parser) -> None:
@@ -426,14 +433,7 @@ def _registry(parser: Parser) -> None:
 
 
 def _volumes(parser: Parser) -> None:
-    actions = parser.add_subparsers(title="actions", metavar="ACTION", required=True, parser_class=Parser)
-
-    def add(name: str, text: str) -> Parser:
-        sub = actions.add_parser(name, help=text, description=text, allow_abbrev=False)
-        sub.set_defaults(command=f"volume:{name}", parser=sub)
-        _common(sub, default=argparse.SUPPRESS)
-        return sub
-
+    add = _actions(parser, "volume")
     sub = add("create", "Make a volume; byre run -v makes what is missing, too.")
     sub.add_argument("--size", type=size, metavar="BYTES", help="what fits in it at most, as 20g (10g)")
     sub.add_argument("names", metavar="NAME", nargs="+")
@@ -446,14 +446,7 @@ def _volumes(parser: Parser) -> None:
 
 
 def _template(parser: Parser) -> None:
-    actions = parser.add_subparsers(title="actions", metavar="ACTION", required=True, parser_class=Parser)
-
-    def add(name: str, text: str) -> Parser:
-        sub = actions.add_parser(name, help=text, description=text, allow_abbrev=False)
-        sub.set_defaults(command=f"template:{name}", parser=sub)
-        _common(sub, default=argparse.SUPPRESS)
-        return sub
-
+    add = _actions(parser, "template")
     add("ls", "List them, the last used first.")
     add("rm", "Remove some; VMs that run are not harmed.").add_argument("templates", metavar="TEMPLATE", nargs="+")
     add("prune", "Remove all, and what killed makers left; VMs that run are not harmed.").add_argument(
