@@ -100,7 +100,7 @@ async def test_a_thousand_in_turn_and_two_hundred_at_once_leave_nothing(vm: Any)
     assert {result.stdout for result in results} == {b"x\n"}
     after = await agent(vm)
     assert after["zombies"] == before["zombies"] == 0
-    assert after["fds"] == before["fds"]
+    assert after["fds"] <= before["fds"], "the first count may meet a pipe that is just being closed"
     assert after["memory"] - before["memory"] < 8 * MIB
 
 

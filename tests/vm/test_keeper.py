@@ -139,7 +139,9 @@ async def test_shutdown_from_a_client_ends_all_and_repeats_harmlessly(detached_v
 
 @pytest.mark.behaviour("B40")
 async def test_a_boot_that_fails_tells_the_starter_why_and_leaves_nothing(runtime: Path) -> None:
-    vm = byre.UtilityVM(name="kept", detached=True, kernel_arguments=("mem=24M",), **machine_options())
+    vm = byre.UtilityVM(
+        name="kept", detached=True, kernel_arguments=("rdinit=/nowhere", "init=/nowhere"), **machine_options()
+    )
     with pytest.raises(errors.BootFailed) as caught:
         await vm.start()
     assert "console" in caught.value.data and "panic" in str(caught.value.data["console"])
