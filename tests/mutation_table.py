@@ -722,6 +722,15 @@ MUTATIONS = (
         ("tests/unit/test_clone.py::test_a_clone_that_cannot_be_made_its_own_is_not_handed_out",),
     ),
     Mutation(
+        "B60",
+        "a clone writes to the scratch disk of its snapshot",
+        "host/byre/snapshots.py",
+        "disks=await _copied(self._saved.disks, held))",
+        "disks=self._saved.disks)",
+        (f"{SNAPSHOTS}::test_each_clone_has_a_scratch_disk_of_its_own_and_gives_it_back",),
+        "vm",
+    ),
+    Mutation(
         "B52",
         "what runs in a VM that is saved runs on in clones before they are their own",
         "guest/byre_guest/freezer.py",

@@ -18,9 +18,9 @@ import asyncio
 import contextlib
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from .errors import ByreError, ConnectionLost, ContainerNotFound
 from .machines.spawn import stoppable
@@ -43,6 +43,16 @@ SYNC_TIMEOUT = 10.0
 FILESYSTEM = "ext4"
 
 
+class Scratch(NamedTuple):
+    """A scratch that a container has, to be found again in a clone of its VM: whose it is, what it is called, its
+    place on the bus, and the guest's name of it."""
+
+    lease: str
+    path: Path
+    target: int
+    name: str
+
+
 class ContainerDisks(abc.ABC):
     """See the module."""
 
@@ -57,15 +67,18 @@ class ContainerDisks(abc.ABC):
     async def drop(self, lease: str) -> None:
         """No container has this lease, or has it any more.  Harmless when repeated."""
 
+    def scratches(self) -> tuple[Scratch, ...]:
+        """Those that containers have now, where this process holds them."""
+        return ()
+
     @abc.abstractmethod
     async def sync(self) -> None:
         """The VM is about to be shut down: what was written is on the disks."""
 
 
 class _Held:
-    def __init__(self, path: Path, opened: Callable[[Callable[[], None]], int]) -> None:
+    def __init__(self, path: Path) -> None:
         self.path = path  # what it is called
-        self.opened = opened  # blocks; gives a descriptor, with whatever locks there are
         self.lock = asyncio.Lock()
         self.leases: set[str] = set()
         self.disk: Disk | None = None
@@ -75,39 +88,51 @@ class _Held:
 class HeldDisks(ContainerDisks):
     """See the module.  `vm` is the name that others see who want a volume that is held here."""
 
-    def __init__(self, machine: Machine, bridge: Bridge, vm: str) -> None:
+    def __init__(self, machine: Machine, bridge: Bridge, vm: str, begun_with: Iterable[Scratch] = ()) -> None:
         self._machine = machine
         self._bridge = bridge
         self._vm = vm
         self._held: dict[Path | str, _Held] = {}  # by a volume's path, or a scratch's lease
         self._claimed: set[str] = set()
+        for scratch in begun_with:
+            held = self._held[scratch.lease] = _Held(scratch.path)
+            held.leases.add(scratch.lease)
+            held.disk, held.name = machine.disk_at(scratch.target), scratch.name
         bridge.subscribe("container.deleted", None, self._on_deleted)
+
+    def scratches(self) -> tuple[Scratch, ...]:
+        return tuple(
+            Scratch(key, held.path, held.disk.target, held.name)
+            for key, held in self._held.items()
+            if isinstance(key, str) and held.disk is not None
+        )
 
     async def hold(self, lease: str, container: str, volume: Path | None, size: int) -> str:
         from . import disk_files, volumes  # most VMs have none
 
-        key: Path | str
         if volume is None:
             disk_files.check_size(size)
-            key, held = lease, _Held(Path(f"scratch of {container}"), lambda _: disk_files.scratch(size))
-        else:
-            path = key = volume
-            held = self._held.get(path) or _Held(path, lambda check: volumes.take(path, self._vm, check))
-        self._held[key] = held
+
+        def opened(check: Callable[[], None]) -> int:
+            return disk_files.scratch(size) if volume is None else volumes.take(volume, self._vm, check)
+
+        key = volume or lease
+        held = self._held.setdefault(key, _Held(volume or Path(f"scratch of {container}")))
         held.leases.add(lease)
         self._expect(lease, container)
         try:
             async with held.lock:
                 if not held.name:
-                    await self._attach(held)
+                    await self._attach(held, opened)
                 return held.name
         except BaseException:
             held.leases.discard(lease)
             self._forget_unused(key)
             raise
 
-    async def _attach(self, held: _Held) -> None:
-        fd = await stoppable(held.opened, undo=os.close)
+    async def _attach(self, held: _Held, opened: Callable[[Callable[[], None]], int]) -> None:
+        """`opened` blocks, and gives a descriptor, with whatever locks there are."""
+        fd = await stoppable(opened, undo=os.close)
         try:
             disk = await self._machine.attach_disk(held.path, read_only=False, file=fd)
         finally:

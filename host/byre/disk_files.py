@@ -13,8 +13,13 @@ import shutil
 import subprocess
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from . import sparse
 from .errors import ByreError, InvalidRequest, StorageFailed, ToolMissing
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 #: What a disk may come to take on the host where nobody said how much; it begins with some 5 MB.
 DEFAULT_BYTES = 10 * 2**30
@@ -50,11 +55,20 @@ def scratch(size: int) -> int:
 
     It lies beside the volumes: /tmp may be memory.  Raises `StorageFailed`, `ToolMissing`.
     """
+    return _unnamed(lambda fd: make(fd, size, journal=False))  # after a crash nobody has a use for it
+
+
+def copied(source: int, check: Callable[[], None]) -> int:
+    """What `scratch` made, as it is now, as another one.  Nobody writes to it meanwhile.  `check`: see `sparse`."""
+    return _unnamed(lambda fd: sparse.copy(source, fd, check))
+
+
+def _unnamed(fill: Callable[[int], None]) -> int:
     folder = data_home() / "scratch"
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
-            make(file.fileno(), size, journal=False)  # after a crash nobody has a use for it
+            fill(file.fileno())
             return os.dup(file.fileno())
     except ByreError:
         raise

@@ -12,7 +12,7 @@ import abc
 import asyncio
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -22,7 +22,7 @@ from .journal import Journal
 
 if TYPE_CHECKING:
     from .bridge import Bridge
-    from .container_disks import ContainerDisks
+    from .container_disks import ContainerDisks, Scratch
     from .events import Event
     from .journal import Events
     from .machines.balloon import Reclaimed
@@ -131,9 +131,11 @@ class Owner(abc.ABC):
 class MachineOwner(Owner):
     """The machine is this process's own."""
 
-    def __init__(self, machine: Machine) -> None:
+    def __init__(self, machine: Machine, begun_with: Iterable[Scratch] = ()) -> None:
+        """`begun_with`: the scratches of the containers that were in the machine when it was saved."""
         self.id = machine.id
         self.machine = machine
+        self._begun_with = begun_with
         self._disks: dict[tuple[int, int], Disk] = {}
         self._journal = Journal()
         self._failed = -FAILURE_PAUSE
@@ -193,7 +195,7 @@ class MachineOwner(Owner):
     def container_disks(self, bridge: Bridge, name: str) -> ContainerDisks:
         from .container_disks import HeldDisks
 
-        return HeldDisks(self.machine, bridge, name)
+        return HeldDisks(self.machine, bridge, name, self._begun_with)
 
     def shares(self, bridge: Bridge) -> Shares:
         from .shares.registry import HeldShares

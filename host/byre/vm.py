@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from byre_images import Image
 
     from .bridge import Bridge
-    from .container_disks import ContainerDisks
+    from .container_disks import ContainerDisks, Scratch
     from .journal import EventReader, Events
     from .machines.balloon import Reclaimed
     from .machines.base import Machine
@@ -139,15 +139,16 @@ class UtilityVM(GuestProcessHost):
             await self._launch()
             return
         hostname = self.name or "byre"
+        begun_with: tuple[Scratch, ...] = ()
         if self._snapshot is not None:
-            self._origin = self._snapshot.origin
+            self._origin, begun_with = self._snapshot.origin, self._snapshot.scratches
             machine, bridge, self._guest = await self._snapshot.boot(hostname, self._boot_timeout)
         else:
             self._origin = Origin(self._make_machine, await self._config(progress))
             machine, bridge, self._guest = await clone.start(
                 self._origin, template=self._template, hostname=hostname, timeout=self._boot_timeout
             )
-        self._adopt(MachineOwner(machine), bridge)
+        self._adopt(MachineOwner(machine, begun_with), bridge)
 
     async def _launch(self) -> None:
         """Have a keeper boot it, and attach."""
@@ -428,9 +429,10 @@ class UtilityVM(GuestProcessHost):
         """Save it as it is now, with all that runs in it, for any number of clones; it goes on (see `snapshots`).
 
         It stands still meanwhile: some milliseconds, and about one for each MiB that it has written since its
-        start.
-        Raises `NotSupported` for a detached VM, and with the path for a disk that it can write to;
-        `ResourceExhausted` without room for its memory below the user's cache.
+        start, to its memory and to the scratch disks of its containers, which are copied too.
+        Raises `NotSupported` for a detached VM, and with the path for a volume or another disk that it can write
+        to; `ResourceExhausted` without room for its memory below the user's cache, `StorageFailed` without room
+        for the scratch disks.
         """
         from . import snapshots
 
@@ -442,7 +444,7 @@ class UtilityVM(GuestProcessHost):
                 raise InvalidRequest("a VM that is paused cannot be saved", hint="resume() it first")
             await self.health.rest()
             try:
-                return await snapshots.take(self._owner.machine, bridge, self._origin)
+                return await snapshots.take(self._owner.machine, bridge, self._origin, self.container_disks)
             finally:
                 await self.health.resume()
 

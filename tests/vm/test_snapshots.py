@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from byre.errors import ContainerNotFound
+import byre
+from byre.errors import ContainerNotFound, NotSupported
 from tests.conformance.test_process import SOON
 
 pytestmark = pytest.mark.vm
@@ -100,6 +102,55 @@ async def test_containers_an_interpreter_and_files_are_there_and_go_on(fresh_vm:
     await container.close()
 
 
+@pytest.mark.behaviour("B60")
+async def test_each_clone_has_a_scratch_disk_of_its_own_and_gives_it_back(fresh_vm: Any, busybox: str) -> None:
+    async def scratch_disks(vm: Any) -> int:
+        return int(await output(vm, "cat /sys/block/sd*/ro | grep -c 0; true"))
+
+    sleep = ["sleep", "infinity"]
+    async with contextlib.AsyncExitStack() as stack:
+        container = await fresh_vm.create_container("c", image=busybox, args=sleep, scratch="disk")
+        await container.start()
+        await output(container, "head -c 3000000 /dev/urandom >/big; md5sum /big >/sum; echo before >/note")
+        snap = await stack.enter_async_context(await fresh_vm.snapshot())
+        await output(container, "echo of the first >/note; rm /big")
+        clones = [await stack.enter_async_context(snap.clone()) for _ in range(2)]
+        again = await stack.enter_async_context(await clones[0].snapshot())
+        clones.append(await stack.enter_async_context(again.clone()))
+        for number, clone in enumerate(clones):
+            there = await stack.enter_async_context(await clone.open_container("c"))
+            assert await output(there, "echo 3 >/proc/sys/vm/drop_caches 2>/dev/null; cat /note") == "before\n"
+            await output(clone, "echo 3 >/proc/sys/vm/drop_caches")  # what is read comes from the disk
+            assert await output(there, "md5sum -c /sum") == "/big: OK\n"
+            await output(there, f"echo {number} >/note; sync")
+        assert [await output(await clone.open_container("c"), "cat /note") for clone in clones] == [
+            "0\n",
+            "1\n",
+            "2\n",
+        ]
+        assert await output(container, "cat /note") == "of the first\n"
+        for vm in (*clones, fresh_vm):
+            assert await scratch_disks(vm) == 1
+            there = await stack.enter_async_context(await vm.open_container("c"))
+            await there.terminate()
+            await there.delete()
+            async with asyncio.timeout(SOON):
+                while await scratch_disks(vm):
+                    await asyncio.sleep(0.05)
+        await container.close()
+
+
+async def test_a_volume_is_refused_by_its_name(
+    fresh_vm: Any, busybox: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
+    mounts = [byre.Volume("kept", "/data")]
+    async with await fresh_vm.create_container("c", image=busybox, args=["true"], mounts=mounts):
+        with pytest.raises(NotSupported, match="kept"):
+            await fresh_vm.snapshot()
+        assert await output(fresh_vm, "echo on") == "on\n"
+
+
 async def test_the_vms_own_calls_and_streams_go_on_and_a_clones_have_ended(fresh_vm: Any) -> None:
     script = "trap 'echo broken >/tmp/broken' PIPE; cat; echo the end; sleep infinity"
     process = await fresh_vm.create_process(command(script))
@@ -121,6 +172,4 @@ async def test_the_vms_own_calls_and_streams_go_on_and_a_clones_have_ended(fresh
 
 
 def command(script: str) -> Any:
-    import byre
-
     return byre.ProcessParameters(args=["sh", "-c", script], stdin=True, stdout=True)

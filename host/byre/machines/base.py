@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import abc
 import asyncio
+import os
 import secrets
 import signal as signals
 from contextlib import contextmanager
@@ -132,6 +133,10 @@ class Machine(abc.ABC):
         with self._until_end():
             return await self._disks.attach(path, read_only=read_only, file=file)
 
+    def disk_at(self, target: int) -> Disk | None:
+        """The disk at a place of its bus: what a machine that goes on from another's state began with."""
+        return self._disks.at(target)
+
     async def detach_disk(self, disk: Disk) -> None:
         """Undo one `attach_disk`; the last one removes the disk (B60).  The guest must have let go of it before.
         Harmless when the machine has ended."""
@@ -176,14 +181,18 @@ class Machine(abc.ABC):
     async def save(self, memory: Path, state: Path) -> Saved:
         """Stop it and write its memory and the state of its devices to two files, which are made or replaced.
 
-        `resume` lets it go on.  NotSupported for machines that cannot be saved, and for a disk that the guest can
-        write to, by its path: its contents would be those of a later moment.
+        `resume` lets it go on.  What the guest can write to and nobody else can is still the machine's own file: it
+        is for the caller to copy it before that.  NotSupported for machines that cannot be saved, and, by its path,
+        for a disk that the guest can write to and that has a name: others may have it too.
         """
         self._check_alive()
         async with self._disks.still() as disks:
             for disk in disks:
-                if not disk.read_only:
-                    raise NotSupported(f"the guest can write to the disk {disk.path}", hint="detach it first")
+                if not disk.read_only and (disk.file is None or os.fstat(disk.file).st_nlink):
+                    raise NotSupported(
+                        f"the guest can write to the disk {disk.path}, which is not this VM's alone",
+                        hint="detach it first: delete the containers that have it",
+                    )
             with self._until_end():
                 await self._save(memory, state)
         return Saved(memory=memory, state=state, disks=disks)

@@ -142,11 +142,14 @@ def qemu_command(
 
 
 def _saved(config: MachineConfig) -> list[str]:
-    """What a machine needs to go on from where another one was saved: its disks, at their places."""
+    """What a machine needs to go on from where another one was saved: its disks, at their places.  The descriptors
+    of those that are open files are QEMU's, under the same numbers."""
     if config.saved is None:
         return []
+    files = [f"fd={disk.file},set={disk.target}" for disk in config.saved.disks if disk.file is not None]
     parts = [(option, make(disk)) for disk in config.saved.disks for option, make in _DISK]
-    return ["-incoming", "defer", *(word for option, part in parts for word in (option, json.dumps(part)))]
+    options = [*(("-add-fd", file) for file in files), *((option, json.dumps(part)) for option, part in parts)]
+    return ["-incoming", "defer", *(word for option in options for word in option)]
 
 
 def _memory(config: MachineConfig) -> dict[str, object]:

@@ -9,6 +9,7 @@ descriptor for as long: with it go the locks of whoever opened it, and they end 
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import logging
 import os
 import stat
@@ -77,13 +78,21 @@ class DiskTable:
         self._may_change.set()
 
     def adopt(self, disks: Iterable[Disk]) -> None:
-        """Take in what a saved machine begins with; nobody detaches it."""
+        """Take in what a saved machine begins with, each attached once."""
         for disk in disks:
-            identity = _identity(disk.path, None)
+            identity = _identity(disk.path, disk.file)
             self._free.remove(disk.target)
-            place = self._places[identity] = _Place(disk, identity, references=1, plugged=True)
-            place.lease.add(disk.path)
+            lease = Lease()
+            if disk.file is None:
+                lease.add(disk.path)
+            else:
+                disk = dataclasses.replace(disk, file=lease.hold(disk.file))
+            self._places[identity] = _Place(disk, identity, references=1, plugged=True, lease=lease)
             self._last_serial = max(self._last_serial, int(disk.serial.removeprefix(_SERIAL)))
+
+    def at(self, target: int) -> Disk | None:
+        """The disk at a place of the bus."""
+        return next((place.disk for place in self._places.values() if place.disk.target == target), None)
 
     @asynccontextmanager
     async def still(self) -> AsyncIterator[tuple[Disk, ...]]:

@@ -10,20 +10,17 @@ Yama's ptrace_scope is 0 or 1.  Source: proc(5), Documentation/admin-guide/mm/pa
 
 from __future__ import annotations
 
-import errno
 import os
 import re
 from typing import TYPE_CHECKING
 
+from byre import sparse
 from byre.errors import MachineFailed
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 PAGE = 4096
-
-#: Copied at once: a cancellation waits for no more than this.
-_PIECE = 1024 * 1024
 
 #: In the last byte of an entry of the page map: the page is in memory, or swapped; it is the file's, not its own.
 _PRESENT, _SWAPPED, _OF_FILE = 0x80, 0x40, 0x20
@@ -32,9 +29,6 @@ _OWN = bytes(bool(flags & (_PRESENT | _SWAPPED) and not flags & _OF_FILE) for fl
 
 #: Entries of the page map read at once: those of 512 MiB.
 _ENTRIES = 128 * 1024
-
-#: Past the end of any file.
-_NOWHERE = 1 << 62
 
 #: QEMU's monitor says: Host virtual address for 0x0 (memory0) is 0x7f49d7fff000
 _ADDRESS = re.compile(r" is 0x([0-9a-f]{1,16})\s*\Z")
@@ -49,19 +43,11 @@ def parse_address(answer: object) -> int:
 
 
 def copy_base(base: int, target: int, check: Callable[[], None]) -> None:
-    """Copy what is no hole from one file to another: in the kernel, and without moving bytes where files can share.
-
-    `check`, here and below, is called all along; what it raises ends the copy.
-    """
-    size = os.fstat(base).st_size
-    os.ftruncate(target, size)
-    for start, end in _data(base, size):
-        while start < end:
-            check()
-            copied = os.copy_file_range(base, target, min(end - start, _PIECE), start, start)
-            if not copied:
-                raise MachineFailed("the memory that the machine began with was cut off")
-            start += copied
+    """Copy what is no hole from one file to another.  `check`: see `sparse`."""
+    try:
+        sparse.copy(base, target, check)
+    except EOFError as error:
+        raise MachineFailed("the memory that the machine began with was cut off") from error
 
 
 def copy_written(pid: int, address: int, size: int, target: int, check: Callable[[], None]) -> int:
@@ -71,17 +57,17 @@ def copy_written(pid: int, address: int, size: int, target: int, check: Callable
     """
     copied = 0
     os.ftruncate(target, size)
-    buffer = memoryview(bytearray(_PIECE))
-    zeros = bytes(_PIECE)
+    buffer = memoryview(bytearray(sparse.PIECE))
+    zeros = bytes(sparse.PIECE)
     memory = os.open(f"/proc/{pid}/mem", os.O_RDONLY | os.O_CLOEXEC)
     try:
         for start, end in _written(pid, address, size):
-            for at in range(start, end, _PIECE):
+            for at in range(start, end, sparse.PIECE):
                 check()
-                piece = buffer[: min(_PIECE, end - at)]
+                piece = buffer[: min(sparse.PIECE, end - at)]
                 if os.preadv(memory, [piece], address + at) != len(piece):
                     raise MachineFailed("a part of the guest's memory could not be read")
-                if piece != zeros[: len(piece)] or _next_data(target, at) < at + len(piece):
+                if piece != zeros[: len(piece)] or sparse.next_data(target, at) < at + len(piece):
                     os.pwrite(target, piece, at)
                 copied += len(piece)
     finally:
@@ -100,21 +86,3 @@ def _written(pid: int, address: int, size: int) -> Iterator[tuple[int, int]]:
             own = entries[_ENTRY - 1 :: _ENTRY].translate(_OWN)
             for run in re.finditer(b"\x01+", own):
                 yield (first + run.start()) * PAGE, (first + run.end()) * PAGE
-
-
-def _data(file: int, size: int) -> Iterator[tuple[int, int]]:
-    """The parts of a file that are no holes."""
-    end = 0
-    while (start := _next_data(file, end)) < size:
-        end = os.lseek(file, start, os.SEEK_HOLE)
-        yield start, end
-
-
-def _next_data(file: int, at: int) -> int:
-    """Where the first byte that is in no hole is, from here on."""
-    try:
-        return os.lseek(file, at, os.SEEK_DATA)
-    except OSError as error:
-        if error.errno != errno.ENXIO:
-            raise
-        return _NOWHERE

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import logging
 import os
 import shutil
@@ -176,11 +177,12 @@ class QemuMachine(Machine):
             undo.callback(self._continuation.close)
             self._continuation.keep_back(wiring)
             (qmp, qmp_fd), (console, console_fd) = _pair(undo, handed), _pair(undo, handed)
-            state_fd = None
+            config, state_fd = self._config, None
             if saved is not None:
-                handed.append(state_fd := self._continuation.open(saved))
+                saved, state_fd = self._continuation.open(saved, handed)
+                config = dataclasses.replace(config, saved=saved)
             command = qemu_command(
-                self._config,
+                config,
                 choices,
                 name=self.id,
                 qmp_fd=qmp_fd,

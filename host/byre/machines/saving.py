@@ -8,6 +8,7 @@ Rule: what can be copied while the machine runs is copied before it stops.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from typing import TYPE_CHECKING
 
@@ -34,10 +35,18 @@ class Continuation:
         self._base = -1
         self._channel: tuple[str, int] | None = None
 
-    def open(self, saved: Saved) -> int:
-        """Take up what was saved; the descriptor of its state, the caller's.  Raises `MachineFailed`."""
+    def open(self, saved: Saved, handed: list[int]) -> tuple[Saved, int]:
+        """Take up what was saved: it, as QEMU is to know it, and the descriptor of its state.  `handed` gets all
+        descriptors that QEMU is to have.  Raises `MachineFailed`."""
         self._base = _open(saved.memory)
-        return _open(saved.state)
+        handed.append(state := _open(saved.state))
+        disks = []
+        for disk in saved.disks:
+            if disk.file is not None:
+                handed.append(os.dup(disk.file))
+                disk = dataclasses.replace(disk, file=handed[-1])
+            disks.append(disk)
+        return dataclasses.replace(saved, disks=tuple(disks)), state
 
     def keep_back(self, wiring: Wiring) -> None:
         """Take over the end of the channel that the guest is not to find yet, if there is one."""

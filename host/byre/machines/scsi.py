@@ -33,11 +33,11 @@ class Execute(Protocol):
 
 
 def node(disk: Disk) -> dict[str, object]:
-    """The block node of a disk, as QMP and the command line take it."""
+    """The block node of a disk, as QMP and the command line take it.  An open file is in a set of descriptors."""
     return {
         "driver": "host_device" if disk.file is None and disk.path.is_block_device() else "file",
         "node-name": disk.serial,
-        "filename": str(disk.path),
+        "filename": str(disk.path) if disk.file is None else f"/dev/fdset/{disk.target}",
         "read-only": disk.read_only,
         "discard": "unmap",
     }
@@ -69,17 +69,12 @@ class ScsiBus:
 
     async def plug(self, disk: Disk) -> None:
         """Add the disk.  After a failure `unplug` is due."""
-        given = {"filename": await self._hand_over(disk)} if disk.file is not None else {}
-        await self._execute("blockdev-add", {**node(disk), **given})
+        if disk.file is not None:
+            async with self._sending:
+                self._send_fd(disk.file)
+                await self._execute("add-fd", {"fdset-id": disk.target})
+        await self._execute("blockdev-add", node(disk))
         await self._execute("device_add", device(disk))
-
-    async def _hand_over(self, disk: Disk) -> str:
-        """Give QEMU the descriptor of a disk; the name of the set of descriptors that it is in."""
-        assert disk.file is not None, "the caller has looked"
-        async with self._sending:
-            self._send_fd(disk.file)
-            await self._execute("add-fd", {"fdset-id": disk.target})
-        return f"/dev/fdset/{disk.target}"
 
     async def unplug(self, disk: Disk) -> None:
         """Remove the disk, or what there is of it."""
