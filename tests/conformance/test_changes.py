@@ -76,7 +76,7 @@ async def test_a_disk_is_added_and_removed_and_one_in_use_stays(vm: Any, contain
     await container.modify([AddDisk(path=disk, destination="/d"), AddDisk(path=disk, destination="/e")])
     assert "busybox" in await output(container, "ls", "/d/bin", "/e/bin")
     assert "Read-only" in await output(container, "touch", "/d/x")
-    with pytest.raises(errors.DiskInUse):
+    with pytest.raises(errors.DiskInUse, match=f"{container.id}:/d, {container.id}:/e"):
         await vm.bridge.call("disk.unmount", target=attached.target, lun=attached.lun)
     async with await container.create_process({"args": ["sleep", "1000"], "cwd": "/d"}):
         with pytest.raises(errors.MountInUse):
