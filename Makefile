@@ -38,7 +38,7 @@ test: setup-test
 	@$(BIN)/python -m tests.images
 	$(BIN)/python -m pytest $(PYTEST_FLAGS)
 	BYRE_TEST_VEHICLES=serial $(BIN)/python -m pytest -m vm $(PYTEST_FLAGS) tests/conformance tests/vm/test_vm.py
-	$(BIN)/python -m tests.user
+	$(BIN)/python -m tests.user $(PYTEST_FLAGS)
 
 # KVM and vsock for real, inside an emulated machine that has both.
 nested: setup-test
