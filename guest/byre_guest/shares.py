@@ -199,6 +199,7 @@ class Shares:
 
     def _forget(self, share: Share) -> None:
         self._shares.pop(share.name, None)
+        share.tell()
         detours.needed = bool(self._shares)
 
     def wait(self, call: Call, arguments: dict[str, Any]) -> None:
@@ -232,7 +233,6 @@ class Shares:
         def removed(_result: object, error: ByreError | None) -> None:
             if error is None:
                 self._forget(share)
-                share.tell()
                 if share.connection is not None and before != "mounted":
                     share.connection.abort()
             else:

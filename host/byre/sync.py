@@ -23,8 +23,9 @@ from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Self, TypeVar
 
-from . import cow, file_operation, file_streams, files, health, local, pod, pool, snapshots, vm
+from . import cow, file_operation, file_streams, files, health, journal, local, pod, pool, snapshots, vm
 from .ports import connection, forward
+from .shares import share
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer, WriteableBuffer
@@ -284,6 +285,17 @@ class Snapshot(Facade):
     """A `byre.Snapshot`."""
 
 
+class Share(Facade):
+    """A `byre.Share`."""
+
+
+class EventReader(Facade):
+    """What `UtilityVM.events` gives; iterating gives every event."""
+
+    def __iter__(self) -> Iterator[Any]:
+        return _iterate(aiter(self._target))
+
+
 class LocalHost(Facade):
     """A `byre.LocalHost`."""
 
@@ -419,6 +431,8 @@ _FACADES: tuple[tuple[type, type[Facade]], ...] = (
     (forward.Exposure, Exposure),
     (connection.Connection, Connection),
     (snapshots.Snapshot, Snapshot),
+    (share.Share, Share),
+    (journal.EventReader, EventReader),
 )
 
 

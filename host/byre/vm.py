@@ -430,15 +430,21 @@ class UtilityVM(GuestProcessHost):
 
         It stands still meanwhile: some milliseconds, and about one for each MiB that it has written since its
         start, to its memory and to the scratch disks of its containers, which are copied too.
-        Raises `NotSupported` for a detached VM, and with the path for a volume or another disk that it can write
-        to; `ResourceExhausted` without room for its memory below the user's cache, `StorageFailed` without room
-        for the scratch disks.
+        Raises `NotSupported` for a detached VM, and with the path for a directory of this host that it has, for a
+        volume, and for another disk that it can write to; `ResourceExhausted` without room for its memory below the
+        user's cache, `StorageFailed` without room for the scratch disks.
         """
         from . import snapshots
 
         bridge = self.bridge
         if not isinstance(self._owner, MachineOwner):
             raise NotSupported("a detached VM is its keeper's", hint="snapshots are of a program's own VMs")
+        if shared := self._shares.directories():
+            raise NotSupported(
+                f"the VM has directories of this host, which its clones could not have: {', '.join(shared)}",
+                hint="close the share, or delete the container that has it",
+                directories=shared,
+            )
         async with self._saving:
             if self.health.state == PAUSED:
                 raise InvalidRequest("a VM that is paused cannot be saved", hint="resume() it first")

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import importlib
+import inspect
 import os
+import pkgutil
+import re
 import signal
 import threading
 from collections.abc import Iterator
@@ -11,6 +15,7 @@ from typing import Any
 
 import pytest
 
+import byre
 from byre import ProcessParameters, errors, sync
 from byre.container import GuestContainer, InitStreams
 from byre.testing import FakeProcess, MemoryHost
@@ -43,6 +48,44 @@ class Host(sync.Facade):
 def host() -> Iterator[Host]:
     with Host() as host:
         yield host
+
+
+def classes() -> Iterator[type]:
+    """Every class of byre's, but for those of programs."""
+    for module in pkgutil.walk_packages(byre.__path__, "byre."):
+        if not module.name.startswith(("byre.cli", "byre.__main__", "byre.shares.confine")):
+            for value in vars(importlib.import_module(module.name)).values():
+                if inspect.isclass(value) and value.__module__ == module.name:
+                    yield value
+
+
+def is_asynchronous(kind: type) -> bool:
+    """Whether it is of little use without a loop."""
+    members = inspect.getmembers(kind, inspect.iscoroutinefunction)
+    return any(not name.startswith("_") or name in ("__anext__", "__aenter__") for name, _ in members)
+
+
+def given_by(kind: type) -> Iterator[str]:
+    """The names of the classes of what its public methods and properties give."""
+    for name, value in inspect.getmembers(kind):
+        member = value.fget if isinstance(value, property) else value
+        if not name.startswith("_"):
+            yield from re.findall(r"\w+", str(getattr(member, "__annotations__", {}).get("return", "")))
+
+
+def test_whatever_can_be_had_has_a_facade() -> None:
+    known: dict[str, list[type]] = {}
+    for kind in classes():
+        known.setdefault(kind.__name__, []).append(kind)
+    del known["Bridge"]  # the protocol itself, which the objects are made of
+    kinds, faced = {kind for kind, _ in sync._FACADES}, set[type]()
+    while kinds - faced:
+        kind = (kinds - faced).pop()
+        faced.add(kind)
+        for found in (found for name in given_by(kind) for found in known.get(name, ()) if is_asynchronous(found)):
+            assert any(issubclass(found, each) for each, _ in sync._FACADES), f"{kind} gives {found}"
+            kinds.add(found)
+    assert {"UtilityVM", "GuestContainer", "EventReader", "Share", "Snapshot"} <= {kind.__name__ for kind in faced}
 
 
 def test_run(host: Host) -> None:

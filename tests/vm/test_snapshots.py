@@ -12,6 +12,7 @@ import pytest
 import byre
 from byre.errors import ContainerNotFound, NotSupported
 from tests.conformance.test_process import SOON
+from tests.namespaces import needs_user_namespaces
 
 pytestmark = pytest.mark.vm
 
@@ -149,6 +150,25 @@ async def test_a_volume_is_refused_by_its_name(
         with pytest.raises(NotSupported, match="kept"):
             await fresh_vm.snapshot()
         assert await output(fresh_vm, "echo on") == "on\n"
+
+
+@needs_user_namespaces
+async def test_directories_of_this_host_are_refused_by_name_for_as_long_as_they_are_there(
+    fresh_vm: Any, busybox: str, tmp_path: Path
+) -> None:
+    (ours := tmp_path / "ours").mkdir()
+    (its := tmp_path / "its").mkdir()
+    mounts = [byre.HostDirectory(its, "/its")]
+    container = await fresh_vm.create_container("c", image=busybox, args=["true"], mounts=mounts)
+    async with await fresh_vm.share(ours):
+        with pytest.raises(NotSupported, match=f"{its}, {ours}"):
+            await fresh_vm.snapshot()
+    with pytest.raises(NotSupported, match=f": {its} "):
+        await fresh_vm.snapshot()
+    await container.delete()
+    await container.close()
+    async with await fresh_vm.snapshot() as snap, snap.clone() as clone:
+        assert await output(clone, "echo on") == "on\n"
 
 
 async def test_the_vms_own_calls_and_streams_go_on_and_a_clones_have_ended(fresh_vm: Any) -> None:

@@ -12,9 +12,11 @@ from __future__ import annotations
 
 import abc
 import asyncio
+import contextlib
 import logging
 from typing import TYPE_CHECKING
 
+from byre.errors import ByreError
 from byre.machines.spawn import in_thread
 from byre.ports.connection import Connection
 from byre.ports.splice import Local, splice
@@ -46,9 +48,20 @@ class Shares(abc.ABC):
         `StorageFailed`, `ResourceExhausted`.
         """
 
+    def directories(self) -> list[str]:
+        """Those that are shared now, where this process serves them."""
+        return []
+
 
 class HeldShares(Shares):
     """See the module."""
+
+    def __init__(self, bridge: Bridge) -> None:
+        super().__init__(bridge)
+        self._mounted: set[Share] = set()
+
+    def directories(self) -> list[str]:
+        return sorted(share.directory for share in self._mounted)
 
     async def share(self, directory: str, read_only: bool, cache: str) -> Share:
         from . import server
@@ -78,7 +91,15 @@ class HeldShares(Shares):
         except BaseException:
             diod.kill()
             raise
-        return Share(self._bridge, name, found["path"], directory)
+        share = Share(self._bridge, name, found["path"], directory)
+        self._mounted.add(share)
+        self._bridge.background(self._follow(share))
+        return share
+
+    async def _follow(self, share: Share) -> None:
+        with contextlib.suppress(ByreError):  # lost: there is nothing behind it any more
+            await share.wait()
+        self._mounted.discard(share)
 
 
 async def _carry(diod: Server, near: Local, far: Connection) -> None:
