@@ -12,7 +12,7 @@ RESULTS  := test-results
 #   qemu-system-x86         the virtual machine
 #   squashfs-tools-ng       tar2sqfs: layers and the guest's root, straight from tar streams
 #   golang-github-containers-common   the default seccomp profile that Debian ships for podman
-#   util-linux, dpkg, apt   setpriv; the packages from which the guest image is built
+#   util-linux, dpkg, apt   setpriv, unshare; the packages from which the guest image is built
 #   e2fsprogs               mke2fs: scratch disks and volumes
 #   busybox-static          the demo's and the tests' small container image
 #   skopeo                  images from registries

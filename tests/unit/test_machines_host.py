@@ -17,6 +17,7 @@ def facts() -> dict[str, HostFact]:
 def test_this_host_is_described() -> None:
     found = facts()
     assert {"qemu-system-x86_64", "setpriv", "accelerator", "machine", "transport", "vsock", "memory"} <= set(found)
+    assert {"unshare", "namespaces", "sandbox", "user"} <= set(found)
     assert all(fact.detail for fact in found.values())
     assert "version" in found["qemu-system-x86_64"].detail
 

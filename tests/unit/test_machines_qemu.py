@@ -25,7 +25,7 @@ from byre.errors import (
     ToolMissing,
     TransportUnavailable,
 )
-from byre.machines import accelerators
+from byre.machines import accelerators, namespaces
 from byre.machines import qmp as qmp_module
 from byre.machines.command_line import QEMU
 from byre.machines.config import MachineConfig
@@ -283,7 +283,18 @@ def test_a_machine_starts_once(stand_in: Make) -> None:
         with pytest.raises(MachineFailed, match="once"):
             await machine.start()
         assert machine.exited is None
-        assert set(machine.explanation) == {"accelerator", "machine", "transport", "qemu"}
+        assert set(machine.explanation) == {"accelerator", "machine", "transport", "namespaces", "qemu"}
+
+    run(stand_in("greet(); serve()"), scenario)
+
+
+def test_where_namespaces_are_refused_it_runs_and_says_so(stand_in: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(namespaces, "problem", lambda: "it is Tuesday")
+
+    async def scenario(machine: QemuMachine) -> None:
+        await machine.start()
+        assert machine.explanation["namespaces"].endswith("it is Tuesday")
+        assert os.readlink(f"/proc/{machine.pid}/ns/net") == os.readlink("/proc/self/ns/net")
 
     run(stand_in("greet(); serve()"), scenario)
 

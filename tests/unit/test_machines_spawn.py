@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from byre.machines.spawn import OwnedProcess, in_thread, stoppable
+from tests.namespaces import needs_user_namespaces
 
 #: The child has a second after its owner's end (B42, B43); the rest is for a loaded host.
 PATIENCE = 10.0
@@ -160,7 +161,8 @@ def run_without_threads(main: Callable[[], Coroutine[None, None, None]]) -> None
 OWNER = """
 import os, sys, threading
 from byre.machines.spawn import OwnedProcess
-process = OwnedProcess(["sh", "-c", "echo $$; exec sleep 1000"], output=lambda data: os.write(1, data))
+command = ["sh", "-c", "echo $$; exec sleep 1000"]
+process = OwnedProcess(command, output=lambda data: os.write(1, data), apart=bool(sys.argv[1:]))
 starter = threading.Thread(target=process.start)
 starter.start()
 starter.join()
@@ -169,9 +171,10 @@ sys.stdin.read()
 
 
 @pytest.mark.behaviour("B43")
-def test_it_survives_the_thread_that_asked_and_not_the_owner() -> None:
+@pytest.mark.parametrize("apart", [False, pytest.param(True, marks=needs_user_namespaces)])
+def test_it_survives_the_thread_that_asked_and_not_the_owner(apart: bool) -> None:
     owner = subprocess.Popen(
-        [sys.executable, "-c", OWNER],
+        [sys.executable, "-c", OWNER, *(["apart"] if apart else [])],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
@@ -189,12 +192,13 @@ def test_it_survives_the_thread_that_asked_and_not_the_owner() -> None:
 
 
 @pytest.mark.behaviour("B43")
-def test_born_after_its_owners_death_it_does_not_run(tmp_path: Path) -> None:
+@pytest.mark.parametrize("apart", [False, pytest.param(True, marks=needs_user_namespaces)])
+def test_born_after_its_owners_death_it_does_not_run(tmp_path: Path, apart: bool) -> None:
     """The race between fork and the parent-death signal: the owner's id is not the parent's any more."""
     from byre.machines.spawn import owned
 
     mark = tmp_path / "ran"
-    command = owned(["touch", str(mark)])
+    command = owned(["touch", str(mark)], apart=apart)
     orphan = [word if word != str(os.getpid()) else "1" for word in command]
     assert subprocess.run(orphan).returncode != 0
     assert not mark.exists()

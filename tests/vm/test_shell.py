@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+from tests.namespaces import needs_user_namespaces
+
 pytestmark = pytest.mark.vm
 
 
@@ -21,6 +23,17 @@ async def test_the_emulator_is_confined_by_seccomp_and_gains_no_privileges(vm: A
         status = (task / "status").read_text()
         assert "Seccomp:\t2" in status
         assert "NoNewPrivs:\t1" in status
+
+
+@needs_user_namespaces
+async def test_the_emulator_has_namespaces_of_its_own_and_no_capability(vm: Any) -> None:
+    pid = vm.machine_pid
+    for kind in ("user", "net", "ipc", "uts"):
+        assert os.readlink(f"/proc/{pid}/ns/{kind}") != os.readlink(f"/proc/self/ns/{kind}"), kind
+    status = dict(line.split(":\t", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+    assert {status[f"Cap{kind}"] for kind in ("Inh", "Prm", "Eff", "Bnd", "Amb")} == {"0" * 16}
+    devices = Path(f"/proc/{pid}/net/dev").read_text().splitlines()[2:]
+    assert [line.split(":")[0].strip() for line in devices] == ["lo"]
 
 
 async def test_the_emulator_writes_to_no_file_but_the_template_and_holds_no_network_socket(vm: Any) -> None:

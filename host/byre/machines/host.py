@@ -14,6 +14,7 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
+from byre.machines import namespaces
 from byre.machines.accelerators import kvm_problem
 from byre.machines.clock import tsc_khz
 from byre.machines.command_line import QEMU, choose_machine
@@ -26,6 +27,9 @@ from byre_images.tools import PACKAGE_OF, SEARCH
 
 #: Asking QEMU for its version takes 0.1 s.
 _VERSION_TIMEOUT = 20.0
+
+#: There where the kernel knows filters (seccomp(2)).
+_SECCOMP = Path("/proc/sys/kernel/seccomp/actions_avail")
 
 
 @dataclass(frozen=True)
@@ -53,7 +57,11 @@ class HostReport:
 def describe_host() -> HostReport:
     """Look at everything.  Blocks: up to some seconds the first time after a boot."""
     return HostReport(
-        (*_tools(), _accelerator(), _machine(), *_transports(), _memory(), _skopeo(), _diod(), *_builder_tools())
+        (
+            *(*_tools(), _accelerator(), _machine(), *_transports()),
+            *(_namespaces(), _sandbox(), _user(), _memory()),
+            *(_skopeo(), _diod(), *_builder_tools()),
+        )
     )
 
 
@@ -114,6 +122,30 @@ def _transports() -> list[HostFact]:
         HostFact("transport", True, f"{transport.name}: {reason}"),
         HostFact("vsock", True, "available" if vsock is None else f"not available: {vsock}"),
     ]
+
+
+def _namespaces() -> HostFact:
+    """Not fatal: without them QEMU runs in those of its user."""
+    refused = namespaces.problem()
+    if refused is None:
+        return HostFact("namespaces", True, "QEMU has its own: users, network, IPC, host name")
+    return HostFact("namespaces", True, f"QEMU has its user's: {refused}", namespaces.HINT)
+
+
+def _sandbox() -> HostFact:
+    """QEMU does not start without: it is always told to."""
+    ok = _SECCOMP.exists()
+    hint = "" if ok else "use a kernel with CONFIG_SECCOMP_FILTER"
+    return HostFact(
+        "sandbox", ok, "seccomp filters are there" if ok else "this kernel has no seccomp filters", hint
+    )
+
+
+def _user() -> HostFact:
+    if os.geteuid() == 0:
+        hint = "files that are root's own are QEMU's to open; an ordinary user can run byre too"
+        return HostFact("user", True, "QEMU runs as root", hint)
+    return HostFact("user", True, f"QEMU runs as you, user {os.geteuid()}")
 
 
 def _memory() -> HostFact:

@@ -19,6 +19,7 @@ import subprocess
 from typing import TYPE_CHECKING, Any
 
 from byre.errors import ConnectionLost, DeadlineExceeded, InvalidRequest, MachineFailed, ToolMissing
+from byre.machines import namespaces
 from byre.machines.accelerators import choose_accelerator
 from byre.machines.balloon import Balloon, Reclaimed
 from byre.machines.base import Identity, Machine, MachineExit
@@ -54,7 +55,7 @@ KILL_TIMEOUT = 10.0
 _STDERR_LINES = 10
 
 #: Programs that every start needs, and the Debian package of each.
-TOOLS = {QEMU: "qemu-system-x86", "setpriv": "util-linux"}
+TOOLS = {QEMU: "qemu-system-x86", "setpriv": "util-linux", "unshare": "util-linux"}
 
 #: The reasons of QMP's SHUTDOWN event that are told in our words; the others mean that something failed.
 _REASONS = {
@@ -154,10 +155,12 @@ class QemuMachine(Machine):
         khz = await in_thread(measure) if accelerator.name == "tcg" else None
         choices, why_machine = choose_machine(config.machine, accelerator.name, khz)
         transport, why_transport = choose_transport(config.transport, accelerator.name)
+        refused = await in_thread(namespaces.problem)
         self.explanation |= {
             "accelerator": f"{accelerator.name}: {accelerator.reason}",
             "machine": f"{choices.machine}: {why_machine}",
             "transport": f"{transport.name}: {why_transport}",
+            "namespaces": "QEMU has its own" if refused is None else f"QEMU has its user's: {refused}",
         }
         for what, why in self.explanation.items():
             logger.info("= vm %s %s %s", self.id, what, why)
@@ -194,7 +197,9 @@ class QemuMachine(Machine):
         self._transport = transport
         logger.debug("> %s", command)
         sinks = {console.detach(): self._console.feed}
-        self._process = OwnedProcess(command, output=self._stderr.feed, sinks=sinks, handed=handed)
+        self._process = OwnedProcess(
+            command, output=self._stderr.feed, sinks=sinks, handed=handed, apart=namespaces.problem() is None
+        )
         try:
             self._process.start()
         except BaseException:

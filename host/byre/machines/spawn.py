@@ -21,6 +21,8 @@ import subprocess
 import threading
 from typing import TYPE_CHECKING, TypeVar
 
+from byre.machines.namespaces import APART, POWERLESS
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
@@ -36,9 +38,15 @@ _LAST_READS = 64
 _ALIVE_OWNER = 'test "$PPID" = "$0" && exec "$@"'
 
 
-def owned(argv: Sequence[str]) -> list[str]:
-    """`argv`, to be spawned by a thread that outlives it, made to die with this process."""
-    return ["setpriv", "--pdeathsig", "KILL", "--", "sh", "-c", _ALIVE_OWNER, str(os.getpid()), *argv]
+def owned(argv: Sequence[str], *, apart: bool = False) -> list[str]:
+    """`argv`, to be spawned by a thread that outlives it, made to die with this process.
+
+    `apart`: in namespaces of its own and without capabilities (`namespaces`).  The signal is set after those have
+    been made, for a change of credentials may clear it.
+    """
+    before, powers = (APART, POWERLESS) if apart else ((), ())
+    alive = ("--", "sh", "-c", _ALIVE_OWNER, str(os.getpid()))
+    return [*before, "setpriv", *powers, "--pdeathsig", "KILL", *alive, *argv]
 
 
 async def in_thread(function: Callable[[], T]) -> T:
@@ -89,7 +97,7 @@ class OwnedProcess:
 
     ``output`` takes what it writes to stdout and stderr, and ``sinks`` maps further descriptors to what takes their
     bytes; all are called in the watching thread.  ``handed`` are the child's ends of sockets and files, inherited
-    under the same numbers.  All descriptors given here are closed here, whatever happens.
+    under the same numbers.  All descriptors given here are closed here, whatever happens.  ``apart``: see `owned`.
     """
 
     def __init__(
@@ -99,8 +107,9 @@ class OwnedProcess:
         output: Callable[[bytes], None],
         sinks: Mapping[int, Callable[[bytes], None]] | None = None,
         handed: Sequence[int] = (),
+        apart: bool = False,
     ) -> None:
-        self._argv = owned(argv)
+        self._argv = owned(argv, apart=apart)
         self._output = output
         self._sinks = dict(sinks or {})
         self._handed = tuple(handed)

@@ -24,6 +24,7 @@ from byre.errors import (
     ShareFailed,
     ToolMissing,
 )
+from byre.machines.namespaces import HINT
 from byre.machines.spawn import OwnedProcess
 
 #: The program.
@@ -41,13 +42,6 @@ HELLO_ANSWER = 101
 
 #: A line of `confine`, in bytes.
 MAX_LINE = 1024
-
-#: What refuses user namespaces, and where it says so.
-_REFUSALS = (
-    "user namespaces are not permitted here: see the sysctls user.max_user_namespaces (not 0), "
-    "kernel.unprivileged_userns_clone (1) and kernel.apparmor_restrict_unprivileged_userns (0); "
-    "in a container of docker or podman: --privileged"
-)
 
 
 class Server:
@@ -112,7 +106,7 @@ class Server:
             (await asyncio.get_running_loop().sock_recv(self._control, MAX_LINE)).decode(errors="replace").strip()
         )
         if line.startswith("error unshare"):
-            raise ShareFailed(f"{self.directory} cannot be shared: {line}", hint=_REFUSALS)
+            raise ShareFailed(f"{self.directory} cannot be shared: {line}", hint=HINT)
         if line != expected:
             raise self._failed(line or "it has ended")
 
