@@ -259,8 +259,8 @@ MUTATIONS = (
         "B16",
         "the pidfd of an ended process stays open",
         "guest/byre_guest/reaper.py",
-        "        os.close(pidfd)\n        done(status)",
-        "        done(status)",
+        "        os.close(pidfd)\n        self._loop",
+        "        self._loop",
         ("tests/conformance/test_memory.py::test_the_agent_as_a_program_leaves_nothing",),
     ),
     Mutation(
@@ -602,6 +602,22 @@ MUTATIONS = (
         "call.wait_among(process.waiters)",
         "call.wait_among(os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT) and process.waiters)",
         ("tests/unit/test_guest_server.py::test_replies_come_in_any_order",),
+    ),
+    Mutation(
+        "B44",
+        "where crun's log cannot be read nobody is told of its end",
+        "guest/byre_guest/runtime.py",
+        "except OSError as error:  # then that",
+        "except ConnectionError as error:  # then that",
+        ("tests/unit/test_guest_containers_runtime.py::test_its_end_is_told_though_its_log_cannot_be_read",),
+    ),
+    Mutation(
+        "B44",
+        "a child whose end cannot be handled hides others that have ended",
+        "guest/byre_guest/reaper.py",
+        "self._loop.guarded(lambda: done(status))",
+        "done(status)",
+        ("tests/unit/test_guest_loop.py::test_a_child_whose_answer_cannot_be_taken_hides_no_other",),
     ),
     Mutation(
         "B47",

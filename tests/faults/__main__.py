@@ -20,6 +20,7 @@ from collections import Counter
 from typing import Any
 
 import byre
+import byre_images
 from byre import rundir
 from tests.conftest import machine_options
 from tests.images import busybox_layout
@@ -160,6 +161,7 @@ def main() -> int:
     count = arguments.rounds or len(pairs)
     numbers = range(arguments.first, arguments.first + count)
     rounds = Rounds(arguments.seed)
+    byre_images.ensure()  # it is not made on the small disk
     with small_disk():
         asyncio.run(rounds.run(pairs, numbers))
     table(rounds.counts)
