@@ -56,7 +56,7 @@ MUTATIONS = (
         "B2",
         "what waits in a pipe for credit at the exit counts as never written",
         "guest/byre_guest/processes.py",
-        "return pump.written if total < 0 and pump is not None and not self.detoured else total",
+        "return pump.written if total < 0 and pump is not None else total",
         "return total",
         ("tests/unit/test_guest_processes.py::test_output_that_fits_the_pipe_is_read_after_the_exit",),
     ),
@@ -262,6 +262,17 @@ MUTATIONS = (
         "        os.close(pidfd)\n        self._loop",
         "        self._loop",
         ("tests/conformance/test_memory.py::test_the_agent_as_a_program_leaves_nothing",),
+    ),
+    Mutation(
+        "B20",
+        "at the exit a log ends with what has come through its detour by then",
+        "guest/byre_guest/ring.py",
+        "        if self._fd >= 0 and self._detoured:\n",
+        "        if False:\n",
+        (
+            "tests/unit/test_guest_watches.py"
+            "::test_a_log_whose_pipe_is_switched_over_ends_with_all_that_was_written",
+        ),
     ),
     Mutation(
         "B20",
@@ -618,6 +629,15 @@ MUTATIONS = (
         "self._loop.guarded(lambda: done(status))",
         "done(status)",
         ("tests/unit/test_guest_loop.py::test_a_child_whose_answer_cannot_be_taken_hides_no_other",),
+    ),
+    Mutation(
+        "B47",
+        "a process that is older than the first share keeps its pipes",
+        "guest/byre_guest/shares.py",
+        "        if not detours.needed:\n",
+        "        if False:\n",
+        ("tests/vm/test_shares.py::test_what_is_older_than_the_first_share_holds_nobody_up_either",),
+        "vm",
     ),
     Mutation(
         "B47",

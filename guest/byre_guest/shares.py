@@ -82,8 +82,9 @@ class Share:
 class Shares:
     """The shares of one machine, and the handlers of `share.*`."""
 
-    def __init__(self, server: Server) -> None:
+    def __init__(self, server: Server, on_first: Callable[[], object]) -> None:
         self._server = server
+        self._on_first = on_first  # called before there is one, while there is none
         self._shares: dict[str, Share] = {}
         self._last = 0
 
@@ -130,6 +131,8 @@ class Shares:
         if len(self._shares) >= MAX_SHARES:
             raise ResourceExhausted(f"{MAX_SHARES} directories are shared", hint="end some of the shares")
         assert pumps is not None, "a call comes in a session"
+        if not detours.needed:
+            self._detour()
         self._last += 1
         share = Share(str(self._last))
         try:
@@ -146,6 +149,13 @@ class Shares:
         self._shares[share.name] = share
         detours.needed = True
         call.reply({"share": share.name, "path": share.path})
+
+    def _detour(self) -> None:
+        """No pipe that the agent reads or writes may wait for a share.  Raises `ResourceExhausted`."""
+        try:
+            self._on_first()
+        except OSError as error:
+            raise ResourceExhausted(f"no share: {error.strerror}", errno=error.errno) from error
 
     def mount(self, call: Call, arguments: dict[str, Any]) -> None:
         """`share.mount`; after an error nothing of it is left."""
