@@ -27,8 +27,8 @@ from tests.images import busybox_layout
 
 from . import leftovers
 from .phases import IN_CONTAINERS, PHASES, Phase, containers
-from .places import Local, Own, Place
-from .round import Found, closed, one
+from .places import Kept, Local, Own, Place
+from .round import Found, closed, looked_at, one
 from .strikes import STRIKES, Strike
 from .surroundings import small_disk, with_own_mounts
 from .world import DEADLINE, World
@@ -101,8 +101,8 @@ class Rounds:
         found = await one(phase, strike, place, chance, self.image)
         if not strike.survived:
             found += await closed(place)
-        for name in rundir.names():  # as `byre ps` does: what a dead keeper left is no leftover
-            rundir.sweep(name)
+        if issubclass(strike.on, Kept):
+            found += await looked_at()
         found += [("leftover", line) for line in await host.more()]
         if strike.survived:
             self._used[kind] = place, uses + 1
