@@ -20,7 +20,7 @@ from time import monotonic
 from byre_proto.errors import NotSupported
 from byre_proto.messages import QUIET
 
-from . import channels, init, linux, logs, scheduling, spawn, trees
+from . import channels, init, linux, logs, reserve, scheduling, spawn, trees
 from .loop import EPOLLHUP, EPOLLIN, Loop
 from .processes import Processes
 from .reaper import Reaper
@@ -98,6 +98,7 @@ class Agent:
         self.server.before_request = None
         spawn.settle()
         self.reaper.listen()
+        reserve.LENT.keep()
         self.loop.watch_over = Watchdog().watch
         linux.keep_freed_memory(KEPT_MEMORY)
         if self.timeline is not None:

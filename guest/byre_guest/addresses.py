@@ -163,8 +163,10 @@ def _ended() -> ByreError:
 
 
 def passed_socket(channel: _socket.socket) -> _socket.socket:
-    """The socket that a child has passed."""
+    """The socket that a child has passed.  Raises `ResourceExhausted` when there is no descriptor for it."""
     _, rights, _, _ = channel.recvmsg(1, _socket.CMSG_LEN(_FD.size), _socket.MSG_DONTWAIT | MSG_CMSG_CLOEXEC)
+    if not rights:
+        raise exhausted(OSError(errno.EMFILE, os.strerror(errno.EMFILE)))
     return _socket.socket(fileno=_FD.unpack(rights[0][2])[0])
 
 

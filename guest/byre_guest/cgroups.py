@@ -16,6 +16,8 @@ import os
 
 from byre_proto.errors import InvalidRequest, NotSupported, StorageFailed
 
+from . import reserve
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
@@ -57,7 +59,7 @@ def why_not() -> str:
 def read(path: str) -> str:
     """A file's text; "" when it is not there (a controller that is off, a cgroup that is gone)."""
     try:
-        with open(path, "rb", buffering=0) as file:
+        with reserve.LENT, open(path, "rb", buffering=0) as file:
             return file.readall().decode(errors="replace")
     except OSError:
         return ""
@@ -65,11 +67,12 @@ def read(path: str) -> str:
 
 def write(path: str, text: str) -> None:
     """Write a file in one go.  Raises OSError."""
-    fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
-    try:
-        os.write(fd, text.encode())
-    finally:
-        os.close(fd)
+    with reserve.LENT:
+        fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+        try:
+            os.write(fd, text.encode())
+        finally:
+            os.close(fd)
 
 
 def table(text: str) -> dict[str, int]:
@@ -111,11 +114,9 @@ def remove(cgroup: str) -> bool:
     try:
         for directory in leaves(cgroup):
             os.rmdir(directory)
-    except FileNotFoundError:
-        pass
     except OSError:
-        return False
-    return True
+        pass
+    return not os.path.isdir(cgroup)  # what could not even be looked through is still there
 
 
 def files_of_resources(resources: dict[str, Any]) -> dict[str, str]:

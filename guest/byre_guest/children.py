@@ -38,6 +38,12 @@ MAX_OUTPUT = 256 * 1024
 #: One read or write on the pipes below.
 CHUNK = 64 * 1024
 
+#: Until what must be done, and could not begin for want of descriptors or memory, is tried again, in seconds.
+AGAIN_SECONDS = 0.5
+
+#: The pid of a child that could not be made: it is nobody's, so that to cancel it is harmless.
+NOBODY = 0
+
 
 class Child:
     """A child at work, with its deadline.  `cancel()` kills it; its `done` follows, as after any end."""
@@ -148,23 +154,34 @@ def run(
 ) -> Child:
     """Call `function` in a forked child; `done(result, None)` or `done(None, error)` follows.
 
-    The result is what the wire can carry.  A `ByreError` raised in the child arrives as the same class.  Raises
-    OSError when there can be no child.
+    The result is what the wire can carry.  A `ByreError` raised in the child arrives as the same class; where
+    there can be no child, the error is `StartFailed`.
     """
-    reading, writing = os.pipe2(os.O_CLOEXEC)
     try:
-        pid = os.fork()
-    except OSError:
-        os.close(reading)
-        os.close(writing)
-        raise
-    if pid == 0:
-        _in_child(function, writing, keep)
-    os.close(writing)
+        pid, reading = _fork(function, keep)
+    except OSError as problem:
+        error = StartFailed(f"no new process of the agent: {problem.strerror}", errno=problem.errno)
+        loop.call_soon(lambda: done(None, error))
+        return Child(loop, reaper, NOBODY, timeout)
     child = Child(loop, reaper, pid, timeout)
     result = Collector(loop, reading, MAX_RESULT)
     child.watch(lambda status: done(*_outcome(child, status, result.finish(), timeout)))
     return child
+
+
+def _fork(function: Callable[[], object], keep: Iterable[int]) -> tuple[int, int]:
+    """`(pid, where its result can be read)`."""
+    reading, writing = os.pipe2(os.O_CLOEXEC)
+    try:
+        pid = os.fork()
+        if pid == 0:
+            _in_child(function, writing, keep)
+    except OSError:
+        os.close(reading)
+        raise
+    finally:
+        os.close(writing)
+    return pid, reading
 
 
 def _in_child(function: Callable[[], object], writing: int, keep: Iterable[int]) -> None:

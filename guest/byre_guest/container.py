@@ -44,12 +44,12 @@ if TYPE_CHECKING:
 #: To make or remove mounts and directories, in seconds; milliseconds when all is well.
 STORAGE_TIMEOUT = 60.0
 
-#: Until what could not be taken away, for want of descriptors or memory, is tried again, in seconds.
-AGAIN_SECONDS = 0.5
-
 #: For killed processes to be gone.  One that a device or a file system holds may never go; the exit is then
 #: reported all the same.
 GONE_TIMEOUT = 30.0
+
+#: Names the files of its own calls of the runtime, as a process's id does those of an exec's; ids begin at 1.
+OWN = 0
 
 #: As if SIGKILL had ended it: the exit of a container that was terminated before it had started (B23).
 KILLED = {"code": 137, "signal": 9, "oom": False}
@@ -164,10 +164,7 @@ class Container:
                     cgroups.kill(self.cgroup)
             done(error)
 
-        init = Init(self, arguments, made)
-        if logged:
-            init.log_to(self.log.pipe())
-        init.begin()
+        Init(self, arguments, made).begin(self.log if logged else None)
         self.state = "preparing"
 
     def _init_failed(self, error: ByreError) -> None:
@@ -189,7 +186,7 @@ class Container:
     def _start(self, call: Call) -> None:
         self.state = "starting"
         self._releasing = True
-        crun = runtime.Call(self.owner.loop, self.owner.reaper, self.id, self.owner.processes.reserve())
+        crun = runtime.Call(self.owner.loop, self.owner.reaper, self.id, OWN)
 
         def started(error: ByreError | None) -> None:
             crun.close()
@@ -208,9 +205,8 @@ class Container:
 
         try:
             crun.run(["start"], started)
-        except StartFailed:
-            self._releasing = False
-            raise
+        except StartFailed as error:
+            started(error)
 
     # -- the end -------------------------------------------------------------------------------------------
 
@@ -338,10 +334,10 @@ class Container:
         if self.init is None and self.failure is None:  # the runtime has never heard of it
             self._remove(self._deleted)
         else:
-            self._take_away(self._have_forgotten)
+            self._have_forgotten()
 
     def _have_forgotten(self) -> None:
-        crun = runtime.Call(self.owner.loop, self.owner.reaper, self.id, self.owner.processes.reserve())
+        crun = runtime.Call(self.owner.loop, self.owner.reaper, self.id, OWN)
 
         def forgotten(error: ByreError | None) -> None:
             crun.close()
@@ -349,12 +345,18 @@ class Container:
                 self.owner.log(30, f"container {self.id}: {error}")
             self._remove(self._deleted)
 
-        crun.run(["delete", "--force"], forgotten)
+        try:
+            crun.run(["delete", "--force"], forgotten)
+        except StartFailed as error:
+            self._again(error, self._have_forgotten)
 
     def _remove(self, done: Done) -> None:
         """Unmount and forget; the layers are free when that is done."""
 
         def removed(_result: object, error: ByreError | None) -> None:
+            if isinstance(error, StartFailed):
+                self._again(error, remove)
+                return
             self.log.close()
             if self._mounts is not None:
                 self._mounts.ended()
@@ -367,15 +369,15 @@ class Container:
             bundle.teardown(self.id, self.cgroup)  # an overlay may have one of them below it
             end_shares()
 
-        self._take_away(lambda: self._in_child(tear_down, removed))
+        def remove() -> None:
+            self._in_child(tear_down, removed)
 
-    def _take_away(self, step: Callable[[], object]) -> None:
-        """Begin a step of taking it away; again later while there are no descriptors or no memory for it."""
-        try:
-            step()
-        except (OSError, StartFailed) as error:
-            self.owner.log(30, f"container {self.id} cannot be removed yet: {error}")
-            self.owner.loop.call_later(AGAIN_SECONDS, lambda: self._take_away(step))
+        remove()
+
+    def _again(self, error: StartFailed, step: Callable[[], object]) -> None:
+        """A step of taking it away could not begin: there are no descriptors or no memory for it."""
+        self.owner.log(30, f"container {self.id} cannot be removed yet: {error}")
+        self.owner.loop.call_later(children.AGAIN_SECONDS, step)
 
     def _deleted(self, error: ByreError | None) -> None:
         if error is None:

@@ -100,7 +100,7 @@ class Containers:
         self.log = server.logs.log
         self.disks = disks.Disks(server.loop, server.reaper)
         self.pods = pods.Pods(server.loop, server.reaper, self.log)
-        self.shares = Shares(server)
+        self.shares = Shares(server, self._detour)
         self._by_id: dict[str, Container] = {}
 
     @property
@@ -146,6 +146,12 @@ class Containers:
         self.shares.release(container.id)
         if container.pod is not None:
             container.pod.forget(container)
+
+    def _detour(self) -> None:
+        """There is to be a share.  Raises OSError."""
+        self.processes.detour()
+        for container in self._by_id.values():
+            container.log.detour()
 
     def _find(self, arguments: dict[str, Any]) -> Container:
         name = arguments["container"]
@@ -256,6 +262,9 @@ class Containers:
         ring, start = self._find(arguments).log, arguments["start"]
 
         def answer() -> None:
+            if ring.closing:
+                ring.wait(answer)
+                return
             data, dropped = ring.read(start)
             call.reply({"data": data, "dropped": dropped, "ended": ring.ended})
 
@@ -263,9 +272,9 @@ class Containers:
             ring.wait_no_more(answer)
             call.fail(error)
 
+        call.on_cancel = give_up
         if arguments["wait"] and start >= ring.total and not ring.ended:
             ring.wait(answer)
-            call.on_cancel = give_up
         else:
             answer()
 

@@ -7,8 +7,10 @@ reads the pipe waits for it, O_NONBLOCK or not.  Where the file is on a share, t
 would wait for itself, for ever (`busybox cat` is enough).  A thread may wait there; the loop sees a socket, which
 nobody locks for longer than a copy takes.
 
-Rule: for processes that are made while there is a share; all others have plain pipes, which are faster, and whose
-fill can be counted.  Source: linux/fs/splice.c, splice_file_to_pipe and iter_file_splice_write.
+Rule: while there is a share, every process and every container's log has them; what is older than the first share
+is switched over when that is opened.  All others have plain pipes, which are faster, and whose fill can be counted:
+to ask a pipe for it would wait for the mutex too.  Source: linux/fs/splice.c, splice_file_to_pipe and
+iter_file_splice_write; linux/fs/pipe.c, pipe_ioctl.
 """
 
 from __future__ import annotations
@@ -27,45 +29,32 @@ STACK = 256 * 1024
 needed = False
 
 
-def from_process() -> tuple[int, int]:
-    """`(our end, to read from; what the process writes to)`, a pipe where no detour is needed."""
-    reading, writing = os.pipe2(os.O_CLOEXEC)
-    if not needed:
-        return reading, writing
+def around(pipe: int, *, reading: bool) -> int:
+    """A descriptor for the loop in the place of `pipe`, which from now on a thread reads from, or else writes to.
+
+    Raises OSError: then nothing has changed.
+    """
     import _socket
-
-    ours, theirs = _socket.socketpair(_socket.AF_UNIX, _socket.SOCK_STREAM)
-    _start(reading, theirs.detach(), [ours.fileno(), writing])
-    return ours.detach(), writing
-
-
-def to_process() -> tuple[int, int]:
-    """`(what the process reads from; our end, to write to)`, a pipe where no detour is needed."""
-    reading, writing = os.pipe2(os.O_CLOEXEC)
-    if not needed:
-        return reading, writing
-    import _socket
-
-    ours, theirs = _socket.socketpair(_socket.AF_UNIX, _socket.SOCK_STREAM)
-    _start(theirs.detach(), writing, [reading, ours.fileno()])
-    return reading, ours.detach()
-
-
-def _start(source: int, sink: int, others: list[int]) -> None:
     import _thread
 
+    ours, theirs = _socket.socketpair(_socket.AF_UNIX, _socket.SOCK_STREAM)
+    source, sink = (pipe, theirs.fileno()) if reading else (theirs.fileno(), pipe)
     try:
         _thread.stack_size(STACK)
         _thread.start_new_thread(_carry, (source, sink))
     except RuntimeError as error:
-        for fd in (source, sink, *others):
-            os.close(fd)
+        ours.close()
+        theirs.close()
         raise OSError(errno.EAGAIN, str(error)) from error
+    theirs.detach()
+    return ours.detach()
 
 
 def _carry(source: int, sink: int) -> None:
     """Until either end is gone."""
     try:
+        for fd in (source, sink):
+            os.set_blocking(fd, True)
         while data := os.read(source, CHUNK):
             view = memoryview(data)
             while view:

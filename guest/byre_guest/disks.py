@@ -16,7 +16,14 @@ from __future__ import annotations
 import _socket  # not `socket`, which imports enum and selectors
 import errno
 
-from byre_proto.errors import ByreError, DeadlineExceeded, DiskInUse, InvalidRequest, StorageFailed
+from byre_proto.errors import (
+    ByreError,
+    DeadlineExceeded,
+    DiskInUse,
+    InvalidRequest,
+    StartFailed,
+    StorageFailed,
+)
 
 from . import children, storage
 from .loop import EPOLLIN
@@ -86,7 +93,7 @@ class Disks:
         self._broken: ByreError | None = None  # why there can be no disks
         self._uevents = _listen()
         loop.add(self._uevents.fileno(), EPOLLIN, lambda _mask: self._on_uevents())
-        children.run(loop, reaper, lambda: storage.need(*DRIVERS), MOUNT_TIMEOUT, self._loaded)
+        self._load()
 
     # -- layers of containers ------------------------------------------------------------------------------
 
@@ -146,10 +153,16 @@ class Disks:
         if not layer.calls and layer.state == "waiting":
             self._forget(layer)
 
+    def _load(self) -> None:
+        children.run(self._loop, self._reaper, lambda: storage.need(*DRIVERS), MOUNT_TIMEOUT, self._loaded)
+
     def _loaded(self, _result: object, error: ByreError | None) -> None:
         """The drivers are there, and with them the disks that were there before; or no disk will ever come."""
         if error is None:
             self._look()
+            return
+        if isinstance(error, StartFailed):  # that passes
+            self._loop.call_later(children.AGAIN_SECONDS, self._load)
             return
         self._broken = error
         for layer in list(self._layers.values()):
@@ -267,10 +280,12 @@ class Disks:
         self._remove(layer, removed)
 
     def _remove(self, layer: Layer, done: Callable[[ByreError | None], object]) -> None:
-        layer.state = "removing"
+        before, layer.state = layer.state, "removing"
 
         def finished(_result: object, error: ByreError | None) -> None:
-            if isinstance(error, DiskInUse) and layer.name:
+            if isinstance(error, StartFailed) and before == "mounted":
+                layer.state = before  # nothing was done
+            elif isinstance(error, DiskInUse) and layer.name:
                 layer.state = "mounted"
             else:
                 self._forget(layer)

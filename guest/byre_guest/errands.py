@@ -84,7 +84,12 @@ class Errand:
 
     def _send(self, server: Server, back: Callable[[], object]) -> None:
         pid, pidfd = addresses.pinned(self._init)
-        ours, theirs = _socket.socketpair(_socket.AF_UNIX, _socket.SOCK_STREAM)
+        try:
+            ours, theirs = _socket.socketpair(_socket.AF_UNIX, _socket.SOCK_STREAM)
+        except OSError as error:
+            if pidfd >= 0:
+                os.close(pidfd)
+            raise addresses.exhausted(error) from error
 
         def in_child() -> object:
             sock = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM | _socket.SOCK_CLOEXEC)
@@ -98,21 +103,18 @@ class Errand:
                     self._done(addresses.passed_socket(ours), result)
                 else:
                     self._call.fail(error)
+            except ByreError as failure:
+                self._call.fail(failure)
             finally:
                 ours.close()
                 back()
 
         keep = [theirs.fileno(), *([pidfd] if pidfd >= 0 else [])]
         timeout = TIMEOUT if self._call.timeout is None else self._call.timeout
-        try:
-            self._child = children.run(server.loop, server.reaper, in_child, timeout, ended, keep=keep)
-        except OSError as error:
-            ours.close()
-            raise addresses.exhausted(error) from error
-        finally:
-            theirs.close()
-            if pidfd >= 0:
-                os.close(pidfd)
+        self._child = children.run(server.loop, server.reaper, in_child, timeout, ended, keep=keep)
+        theirs.close()
+        if pidfd >= 0:
+            os.close(pidfd)
 
     def cancel(self, error: ByreError) -> None:
         """Nobody waits for it any more."""

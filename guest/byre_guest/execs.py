@@ -46,17 +46,13 @@ class Exec:
         assert container.init is not None
         root, base = f"/proc/{container.init.pid}/root", container.process
         file, cgroup = self._crun.process_file, self._cgroup
-        try:
-            self._child = children.run(
-                self._owner.loop,
-                self._owner.reaper,
-                lambda: bundle.prepare_exec(root, base, arguments, file, cgroup),
-                runtime.TIMEOUT,
-                self._prepared,
-            )
-        except OSError:
-            self._stdio.close()
-            raise
+        self._child = children.run(
+            self._owner.loop,
+            self._owner.reaper,
+            lambda: bundle.prepare_exec(root, base, arguments, file, cgroup),
+            runtime.TIMEOUT,
+            self._prepared,
+        )
         self._call.on_cancel = self._give_up
         container.execs.add(self)
 

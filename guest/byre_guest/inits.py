@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from .container import Container
     from .processes import Process
+    from .ring import Ring
 
     Done = Callable[["Process | None", "ByreError | None"], object]
 
@@ -44,18 +45,20 @@ class Init:
         self._crun = runtime.Call(owner.loop, owner.reaper, container.id, self._number)
         self._crun.process = container.process
 
-    def log_to(self, pipe: int) -> None:
-        """Send its output there: nobody asked for its streams."""
-        theirs = self._stdio.theirs
+    def _log_to(self, log: Ring) -> None:
+        """Nobody asked for its streams."""
+        theirs, pipe = self._stdio.theirs, log.pipe()
         os.close(theirs[1])
         theirs[1] = pipe
         os.dup2(pipe, theirs[2], inheritable=False)
 
-    def begin(self) -> None:
-        """Call the runtime.  Raises `StartFailed`."""
+    def begin(self, log: Ring | None) -> None:
+        """Call the runtime, with `log` for what it writes.  Raises `StartFailed`, OSError."""
         path = bundle.path_of(self._container.id)
         config = "config-terminal.json" if self._stdio.terminal else "config.json"
         try:
+            if log is not None:
+                self._log_to(log)
             self._crun.run(
                 ["create", "--bundle", path, "--config", f"{path}/{config}"], self._created, stdio=self._stdio
             )

@@ -13,6 +13,7 @@ from byre_proto import events
 from byre_proto.deques import deque
 from byre_proto.streams import REASON_NONE, REASON_PROCESS_GONE
 
+from . import detours
 from .loop import EPOLLERR, EPOLLET, EPOLLOUT
 from .pumps import BULK_AFTER
 
@@ -53,9 +54,24 @@ class ToPipe:
         self._grown = 0
         self._borrowed = False  # some chunks are views into the channel's buffer
         self._last: bytes | memoryview = b""  # the byte written last
-        os.set_blocking(fd, False)
+        self.detoured = False
         pumps.add(self)
-        pumps.loop.add(fd, EPOLLOUT | EPOLLET, self._on_ready)
+        self._watch()
+
+    def _watch(self) -> None:
+        os.set_blocking(self._fd, False)
+        self._pumps.loop.add(self._fd, EPOLLOUT | EPOLLET, self._on_ready)
+
+    def detour(self) -> None:
+        """From now on a thread writes to the pipe.  Raises OSError: then nothing has changed."""
+        if self._fd < 0 or self.detoured:
+            return
+        self._pumps.loop.remove(self._fd)
+        try:
+            self._fd = detours.around(self._fd, reading=False)
+            self.detoured = True
+        finally:
+            self._watch()
 
     def _on_ready(self, mask: int) -> None:
         if mask & EPOLLERR:

@@ -100,6 +100,13 @@ class Loop:
         """Call it once, after the callbacks of this round (and of another one before it, if events wait)."""
         self._soon.append(callback)
 
+    def guarded(self, call: Callable[[], object]) -> None:
+        """Call it now; an exception of it keeps nothing else from being done."""
+        try:
+            call()
+        except Exception as error:
+            self._on_error(error)
+
     def stop(self) -> None:
         """Make `run` return after this round."""
         self._running = False
@@ -150,18 +157,12 @@ class Loop:
             self._run_timers()
         soon, self._soon = self._soon, []
         for call in soon:
-            self._guarded(call)
-        self._guarded(self.end_round)
+            self.guarded(call)
+        self.guarded(self.end_round)
 
     def _run_timers(self) -> None:
         now = monotonic()
         while self._timers and self._timers[0].when <= now:
             callback = heapq.heappop(self._timers).callback
             if callback is not None:
-                self._guarded(callback)
-
-    def _guarded(self, call: Callable[[], object]) -> None:
-        try:
-            call()
-        except Exception as error:
-            self._on_error(error)
+                self.guarded(callback)

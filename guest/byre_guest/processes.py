@@ -62,7 +62,7 @@ class Stdio:
         self.session = session
         self.terminal: bool = arguments["terminal"]
         self.ids: tuple[int, int, int] = (arguments["stdin"], arguments["stdout"], arguments["stderr"])
-        self.detoured = detours.needed
+        self.detoured = False
         self.ours = [-1, -1, -1]
         self.theirs = [-1, -1, -1]
         if self.terminal and self.ids[2]:
@@ -97,9 +97,18 @@ class Stdio:
             if not number:
                 self.theirs[index] = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
             elif index == 0:
-                self.theirs[0], self.ours[0] = detours.to_process()
+                self.theirs[0], self.ours[0] = os.pipe2(os.O_CLOEXEC)
             else:
-                self.ours[index], self.theirs[index] = detours.from_process()
+                self.ours[index], self.theirs[index] = os.pipe2(os.O_CLOEXEC)
+        self.detour_if_needed()
+
+    def detour_if_needed(self) -> None:
+        """Where there is a share by now.  Raises OSError: then there can be no process."""
+        if detours.needed and not (self.detoured or self.terminal):
+            for index, fd in enumerate(self.ours):
+                if fd >= 0:
+                    self.ours[index] = detours.around(fd, reading=index > 0)
+            self.detoured = True
 
     def close_theirs(self) -> None:
         """Our copies of the process's ends: with them open no stream would ever end."""
@@ -131,7 +140,6 @@ class Process:
         self.container = container
         self.tree = tree
         self.terminal = False
-        self.detoured = False  # what it has written and we have not read cannot be counted
         self.oom = False  # set by whoever can tell, before or in `on_exit`
         self.released = False
         self.exit: dict[str, Any] | None = None
@@ -163,7 +171,7 @@ class Process:
     def written(self, index: int) -> int:
         """Bytes written to stdout (1) or stderr (2) until now, carried or not; -1 when nobody knows."""
         total, pump = self.totals[index], self.outputs.get(index)
-        return pump.written if total < 0 and pump is not None and not self.detoured else total
+        return pump.written if total < 0 and pump is not None else total
 
 
 class Processes:
@@ -242,8 +250,9 @@ class Processes:
         `cgroup` is a directory that holds its tree and nothing else, or ""; `tree` is one that was made for it.
         `on_exit(process)` is called when `process.exit` is known, just before it is sent.
 
-        Raises ProcessLookupError when `pid` is no child of the agent; `ResourceExhausted`.
+        Raises ProcessLookupError when `pid` is no child of the agent; OSError; `ResourceExhausted`.
         """
+        stdio.detour_if_needed()  # a share may have come since its streams were made
         number = number or self.reserve()
         process = Process(number, pid, args, container, tree or trees.Tree(pid, cgroup))
         process.on_exit = on_exit
@@ -257,7 +266,7 @@ class Processes:
 
     def _start_pumps(self, process: Process, stdio: Stdio) -> None:
         stdio.close_theirs()
-        process.terminal, process.detoured = stdio.terminal, stdio.detoured
+        process.terminal = stdio.terminal
         pumps = self.pumps
         if pumps is None or pumps.session is not stdio.session:
             stdio.close()  # the connection that asked for it is gone
@@ -267,12 +276,14 @@ class Processes:
             if stdio.ours[index] >= 0 and stdio.ids[index]:
                 process.totals[index] = -1
                 ended = _output_ended(process, index)
-                process.outputs[index] = FromPipe(
+                pump = process.outputs[index] = FromPipe(
                     pumps, stdio.ours[index], stdio.ids[index], ended, terminal=stdio.terminal
                 )
+                pump.detoured = stdio.detoured
         if stdio.ours[0] >= 0:
             at_eof = (lambda last: terminals.end_of_file(master, last)) if stdio.terminal else None
             process.input = ToPipe(pumps, stdio.ours[0], stdio.ids[0], lambda: None, at_eof)
+            process.input.detoured = stdio.detoured
 
     # -- how they end --------------------------------------------------------------------------------------
 
@@ -297,6 +308,13 @@ class Processes:
             return
         counts = {"stdout": process.written(1), "stderr": process.written(2)}
         self.emit("process.exit", {"process": process.id, **process.exit, **counts})
+
+    def detour(self) -> None:
+        """There is to be a share: no pipe may hold up the agent from now on.  Raises OSError."""
+        for process in self.by_id.values():
+            for pump in (*process.outputs.values(), process.input):
+                if pump is not None and not process.terminal:
+                    pump.detour()
 
     def disconnected(self) -> None:
         """The host is gone: every process loses its streams and runs on."""

@@ -19,6 +19,7 @@ from fcntl import fcntl, ioctl
 from byre_proto import events, frames, limits
 from byre_proto.deques import deque
 
+from . import detours
 from .loop import EPOLLERR, EPOLLET, EPOLLHUP, EPOLLIN, EPOLLRDHUP
 
 TYPE_CHECKING = False
@@ -178,14 +179,29 @@ class FromPipe:
         self._readable = False
         self._hung_up = False
         self._carried = 0
+        self.detoured = False
         self.bulk = False
         #: Whether it is bulk is not asked any more.  Nothing is, where the channel's frames are small, or kept.
         kept = pumps.session.outbox.keep_for_replay
         self._settled = terminal or kept or pumps.channel.max_data < limits.MAX_DATA
         self._grown = 0
-        os.set_blocking(fd, False)
         pumps.add(self)
-        pumps.loop.add(fd, EPOLLIN | EPOLLRDHUP | EPOLLET, self._on_ready)
+        self._watch()
+
+    def _watch(self) -> None:
+        os.set_blocking(self._fd, False)
+        self._pumps.loop.add(self._fd, EPOLLIN | EPOLLRDHUP | EPOLLET, self._on_ready)
+
+    def detour(self) -> None:
+        """From now on a thread reads the pipe.  Raises OSError: then nothing has changed."""
+        if self._fd < 0 or self.detoured:
+            return
+        self._pumps.loop.remove(self._fd)
+        try:
+            self._fd = detours.around(self._fd, reading=True)
+            self.detoured = True
+        finally:
+            self._watch()
 
     def _on_ready(self, mask: int) -> None:
         self._readable = True
@@ -272,10 +288,10 @@ class FromPipe:
 
     @property
     def written(self) -> int:
-        """Bytes that were written to it until now, those that wait for credit in its pipe too; -1 after its end."""
-        return (
-            self._carried + int.from_bytes(ioctl(self._fd, FIONREAD, bytes(4)), "little") if self._fd >= 0 else -1
-        )
+        """Bytes that were written to it until now, those that wait for credit in its pipe too; -1: not known."""
+        if self._fd < 0 or self.detoured:
+            return -1
+        return self._carried + int.from_bytes(ioctl(self._fd, FIONREAD, bytes(4)), "little")
 
     def close(self) -> None:
         """Read no more; the process gets a broken pipe.  The stream ends as incomplete."""

@@ -128,7 +128,7 @@ class Reaper:
         if pidfd >= 0:
             self._loop.remove(pidfd)
             os.close(pidfd)
-        done(status)
+        self._loop.guarded(lambda: done(status))  # others that have ended are told after it, whatever it does
 
     def _keep(self, pid: int, status: int) -> None:
         self._kept.pop(pid, None)

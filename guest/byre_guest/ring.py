@@ -14,25 +14,31 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from .loop import Loop
+    from .loop import Loop, Timer
 
 #: Kept of a container's output.  With every container at its limit of processes this is small beside the rest.
 SIZE = 256 * 1024
+
+#: For the last bytes to come through a detour when their writers have gone, in seconds: a thread's work of
+#: microseconds, and there is no telling how long it waits for a processor.
+LAST_SECONDS = 5.0
 
 #: Read at once; a container that writes without end gets one turn per round of the loop.
 CHUNK = 64 * 1024
 
 
 class Ring:
-    """Reads a pipe into the last SIZE bytes."""
+    """Reads a pipe into the last SIZE bytes.  `closing`: its writers have gone, and the rest is on its way."""
 
     def __init__(self, loop: Loop) -> None:
         self.dropped = 0
         self.ended = False  # nothing more will come
+        self.closing = False
         self._loop = loop
         self._data = bytearray()
         self._fd = -1
         self._detoured = False
+        self._timer: Timer | None = None
         self._waiting: dict[Callable[[], object], None] = {}  # in their order
 
     @property
@@ -54,12 +60,33 @@ class Ring:
         self._waiting.pop(woken, None)
 
     def pipe(self) -> int:
-        """The end of a new pipe to write to; close it once the process has it."""
-        self._fd, writing = detours.from_process()
-        self._detoured = detours.needed
+        """The end of a new pipe to write to; close it once the process has it.  Raises OSError."""
+        self._let_go()  # of an attempt that failed
+        self._fd, writing = os.pipe2(os.O_CLOEXEC)
+        self.ended = self._detoured = False
+        self._watch()
+        if detours.needed:
+            try:
+                self.detour()
+            except OSError:
+                os.close(writing)
+                raise
+        return writing
+
+    def _watch(self) -> None:
         os.set_blocking(self._fd, False)
         self._loop.add(self._fd, EPOLLIN, lambda _mask: self._read())
-        return writing
+
+    def detour(self) -> None:
+        """From now on a thread reads the pipe.  Raises OSError: then nothing has changed."""
+        if self._fd < 0 or self._detoured:
+            return
+        self._loop.remove(self._fd)
+        try:
+            self._fd = detours.around(self._fd, reading=True)
+            self._detoured = True
+        finally:
+            self._watch()
 
     def _read(self) -> bool:
         try:
@@ -81,17 +108,25 @@ class Ring:
         """Its writers have gone: take what the pipe holds.  What a detour holds comes a moment later."""
         while self._fd >= 0 and self._read():
             pass
-        if not self._detoured:
+        if self._fd >= 0 and self._detoured:
+            self.closing = True
+            self._timer = self._loop.call_later(LAST_SECONDS, self.close)
+        else:
             self.close()
 
     def close(self) -> None:
         """Read no more.  Harmless when repeated."""
-        self.ended = True
+        self.ended, self.closing = True, False
+        if self._timer is not None:
+            self._timer.cancel()
+        self._let_go()
+        self._wake()
+
+    def _let_go(self) -> None:
         if self._fd >= 0:
             self._loop.remove(self._fd)
             os.close(self._fd)
             self._fd = -1
-        self._wake()
 
     def _wake(self) -> None:
         waiting, self._waiting = self._waiting, {}

@@ -20,7 +20,7 @@ from byre_proto.errors import (
     WorkingDirectoryNotFound,
 )
 
-from . import bundle, children
+from . import bundle, children, reserve
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -147,14 +147,18 @@ class Call:
     def _failure(self, command: str, code: int | None, stderr: bytes, seconds: float) -> ByreError:
         if code is None:
             return DeadlineExceeded(f"crun {command} took longer than {seconds:g} s", timeout=seconds)
-        words = meaning_text(_read(f"{self._base}.log")) or stderr.decode(errors="replace").strip()
+        try:
+            log = _read(f"{self._base}.log")
+        except OSError as error:  # then that is all that can be told: the caller waits for an answer
+            log = f"its log cannot be read: {error.strerror}"
+        words = meaning_text(log) or stderr.decode(errors="replace").strip()
         return error_of(self._container, command, words or f"it ended with {code}", self.process)
 
 
 def _read(path: str) -> str:
     """A small file on the agent's own tmpfs."""
     try:
-        with open(path, "rb", buffering=0) as file:
+        with reserve.LENT, open(path, "rb", buffering=0) as file:
             return (file.read(MAX_LOG) or b"").decode(errors="replace").strip()
     except FileNotFoundError:
         return ""

@@ -13,9 +13,11 @@ and go on over the next connection that is for this session (WIRE.md, section 7)
 
 from __future__ import annotations
 
+import errno
+
 from byre_proto import events
 from byre_proto.connection import RESUME, ChannelEnded, Connection, SessionLost
-from byre_proto.errors import ByreError, Cancelled, DeadlineExceeded, NotSupported
+from byre_proto.errors import ByreError, Cancelled, DeadlineExceeded, NotSupported, ResourceExhausted
 from byre_proto.limits import RESUME_SECONDS
 
 from . import VERSION
@@ -37,6 +39,10 @@ if TYPE_CHECKING:
     from .sockets import Sockets
 
     Handler = Callable[["Call", dict[str, Any]], object]
+
+
+#: What a system call says when there are no more descriptors, or no more memory: a limit, and nobody's mistake.
+EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
 
 class Call:
@@ -317,9 +323,16 @@ class Server:
         except ByreError as error:
             call.fail(error)
         except Exception as error:
-            self.logs.failure(f"{request.method} failed", error)
-            call.fail(ByreError(f"an error of the agent itself: {error!r}", hint="see the guest's log"))
+            call.fail(self._typed(call.method, error))
         call.start_clock(self.loop)
+
+    def _typed(self, method: str, error: Exception) -> ByreError:
+        """For what a handler has raised that is none of the protocol's errors."""
+        if isinstance(error, OSError) and error.errno in EXHAUSTED:
+            hint = "end some of what goes on in the guest"
+            return ResourceExhausted(f"{method}: {error.strerror}", hint=hint, errno=error.errno)
+        self.logs.failure(f"{method} failed", error)
+        return ByreError(f"an error of the agent itself: {error!r}", hint="see the guest's log")
 
     def _handler(self, method: str, arguments: dict[str, Any]) -> Handler:
         """Containers are looked at when the first one is: most of a boot's imports would be theirs."""

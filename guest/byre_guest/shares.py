@@ -21,7 +21,7 @@ import _socket
 import errno
 import os
 
-from byre_proto.errors import ByreError, InvalidRequest, ResourceExhausted, StorageFailed
+from byre_proto.errors import ByreError, InvalidRequest, ResourceExhausted, StartFailed, StorageFailed
 
 from . import children, detours, linux, storage
 from .connections import Connection
@@ -82,8 +82,9 @@ class Share:
 class Shares:
     """The shares of one machine, and the handlers of `share.*`."""
 
-    def __init__(self, server: Server) -> None:
+    def __init__(self, server: Server, on_first: Callable[[], object]) -> None:
         self._server = server
+        self._on_first = on_first  # called before there is one, while there is none
         self._shares: dict[str, Share] = {}
         self._last = 0
 
@@ -130,6 +131,8 @@ class Shares:
         if len(self._shares) >= MAX_SHARES:
             raise ResourceExhausted(f"{MAX_SHARES} directories are shared", hint="end some of the shares")
         assert pumps is not None, "a call comes in a session"
+        if not detours.needed:
+            self._detour()
         self._last += 1
         share = Share(str(self._last))
         try:
@@ -147,6 +150,13 @@ class Shares:
         detours.needed = True
         call.reply({"share": share.name, "path": share.path})
 
+    def _detour(self) -> None:
+        """No pipe that the agent reads or writes may wait for a share.  Raises `ResourceExhausted`."""
+        try:
+            self._on_first()
+        except OSError as error:
+            raise ResourceExhausted(f"no share: {error.strerror}", errno=error.errno) from error
+
     def mount(self, call: Call, arguments: dict[str, Any]) -> None:
         """`share.mount`; after an error nothing of it is left."""
         share = self._shares.get(arguments["share"])
@@ -156,17 +166,14 @@ class Shares:
             raise InvalidRequest("cache is " + " or ".join(CACHES), field="cache")
         read_only, cache = arguments["read_only"], arguments["cache"]
         fd = share.socket.fileno()
-        try:
-            child = children.run(
-                self._server.loop,
-                self._server.reaper,
-                lambda: _mount(share.path, fd, read_only, cache),
-                TIMEOUT,
-                lambda _result, error: self._mounted(share, call, error),
-                keep=[fd],
-            )
-        except OSError as error:
-            raise StorageFailed(f"no share: {error.strerror}", errno=error.errno) from error
+        child = children.run(
+            self._server.loop,
+            self._server.reaper,
+            lambda: _mount(share.path, fd, read_only, cache),
+            TIMEOUT,
+            lambda _result, error: self._mounted(share, call, error),
+            keep=[fd],
+        )
         share.state = "mounting"
         share.close_socket()
 
@@ -229,8 +236,16 @@ class Shares:
     def _remove(self, share: Share, call: Call | None) -> None:
         """Without a call it goes even while something is open there: when that is closed."""
         before, share.state = share.state, "removing"
+        loop, reaper = self._server.loop, self._server.reaper
+        flags = linux.UMOUNT_NOFOLLOW | (linux.MNT_DETACH if call is None else 0)
+
+        def remove() -> None:
+            children.run(loop, reaper, lambda: _unmount(share.path, flags), TIMEOUT, removed)
 
         def removed(_result: object, error: ByreError | None) -> None:
+            if isinstance(error, StartFailed) and call is None:  # nobody else will try it again
+                loop.call_later(children.AGAIN_SECONDS, remove)
+                return
             if error is None:
                 self._forget(share)
                 if share.connection is not None and before != "mounted":
@@ -243,12 +258,7 @@ class Shares:
             elif call is not None:
                 call.reply({})
 
-        flags = linux.UMOUNT_NOFOLLOW | (linux.MNT_DETACH if call is None else 0)
-        loop, reaper = self._server.loop, self._server.reaper
-        try:
-            children.run(loop, reaper, lambda: _unmount(share.path, flags), TIMEOUT, removed)
-        except OSError as error:
-            removed(None, StorageFailed(f"{share.path}: {error.strerror}", errno=error.errno))
+        remove()
 
 
 # -- in helper children ------------------------------------------------------------------------------------

@@ -167,8 +167,8 @@ class Sockets:
                 lambda _result, _error: None,
                 keep=[pidfd] if pidfd >= 0 else [],
             )
-        except (ByreError, OSError):
-            pass  # the container has ended; or there are no more processes, and a name stays that leads nowhere
+        except ByreError:
+            pass  # the container has ended; or there are no more descriptors, and a name stays that leads nowhere
         finally:
             if pidfd >= 0:
                 os.close(pidfd)

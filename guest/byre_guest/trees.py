@@ -14,6 +14,7 @@ from __future__ import annotations
 import errno
 import os
 
+from . import reserve
 from .signals import signals
 
 TYPE_CHECKING = False
@@ -101,7 +102,10 @@ class Trees:
         if tree.made_here:
             self._lingering.append(tree.cgroup)
             self._lingering = [path for path in self._lingering if not _removed(path)]
-            self.make_ahead()
+            try:
+                self.make_ahead()
+            except OSError:
+                pass  # it is made when it is needed
 
     def kill_all(self) -> None:
         """Everything that descends from the agent."""
@@ -109,6 +113,11 @@ class Trees:
 
     def signal(self, tree: Tree, number: int) -> bool:
         """Send a signal to all of it; whether there was anybody.  0 only asks."""
+        with reserve.LENT:
+            return self._signal(tree, number)
+
+    @staticmethod
+    def _signal(tree: Tree, number: int) -> bool:
         if tree.cgroup:
             return _signal_cgroup(tree.cgroup, number)
         met: set[int] = set()

@@ -94,7 +94,7 @@ async def _first_answer(machine: Machine, timeout: float) -> Bridge:
         if not opening.done():
             opening.cancel()
             await asyncio.wait({opening})
-            _ = opening.cancelled() or opening.exception()  # it may have met its own deadline at the same time
+        _ = opening.cancelled() or opening.exception()  # it may have met its own deadline at the same time
     console = machine.console_tail(CONSOLE_LINES)
     if machine.exited is not None:
         raise BootFailed(

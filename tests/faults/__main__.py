@@ -20,14 +20,15 @@ from collections import Counter
 from typing import Any
 
 import byre
+import byre_images
 from byre import rundir
 from tests.conftest import machine_options
 from tests.images import busybox_layout
 
 from . import leftovers
 from .phases import IN_CONTAINERS, PHASES, Phase, containers
-from .places import Local, Own, Place
-from .round import Found, closed, one
+from .places import Kept, Local, Own, Place
+from .round import Found, closed, looked_at, one
 from .strikes import STRIKES, Strike
 from .surroundings import small_disk, with_own_mounts
 from .world import DEADLINE, World
@@ -100,8 +101,8 @@ class Rounds:
         found = await one(phase, strike, place, chance, self.image)
         if not strike.survived:
             found += await closed(place)
-        for name in rundir.names():  # as `byre ps` does: what a dead keeper left is no leftover
-            rundir.sweep(name)
+        if issubclass(strike.on, Kept):
+            found += await looked_at()
         found += [("leftover", line) for line in await host.more()]
         if strike.survived:
             self._used[kind] = place, uses + 1
@@ -160,6 +161,7 @@ def main() -> int:
     count = arguments.rounds or len(pairs)
     numbers = range(arguments.first, arguments.first + count)
     rounds = Rounds(arguments.seed)
+    byre_images.ensure()  # it is not made on the small disk
     with small_disk():
         asyncio.run(rounds.run(pairs, numbers))
     table(rounds.counts)

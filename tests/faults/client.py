@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import json
 import random
 import signal
@@ -16,7 +17,7 @@ import traceback
 
 from byre.errors import ByreError
 
-from .phases import PHASES, Phase
+from .phases import PHASES, SENT_DIGEST, Phase, expect
 from .places import Attached, Kept
 from .world import World, Wrong, repeated
 
@@ -49,7 +50,7 @@ async def in_another_process(phase: Phase, world: World, options: dict[str, obje
 
 
 async def tidy(world: World) -> None:
-    """A killed client's containers and processes are there for others to find, and to end (B43)."""
+    """What a killed client has begun is there for others to find, and to end (B43); its files are whole."""
     vm = world.vm
     for entry in await world.call(vm.containers()):
         with contextlib.suppress(ByreError):  # going by itself
@@ -60,6 +61,11 @@ async def tidy(world: World) -> None:
         with contextlib.suppress(ByreError):
             await world.call(vm.bridge.call("process.signal", process=entry["process"], signal=9, tree=True))
             await world.call(vm.bridge.call("process.release", process=entry["process"]))
+    for file in await world.call(vm.files.list(world.place.folder)):
+        if file.name.isdigit():  # of the phase `files`
+            path = f"{world.place.folder}/{file.name}"
+            expect(hashlib.sha256(await world.call(vm.files.read(path))).hexdigest(), SENT_DIGEST)
+            await world.call(vm.files.remove(path))
 
 
 async def main(name: str, phase: str, image: str, seed: str, options: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import sys
 import traceback
 from collections import Counter
 
@@ -105,6 +106,21 @@ async def console(place: Place) -> str:
         return str(await place.vm.console(20))
     except ByreError as error:
         return repr(error)
+
+
+async def looked_at() -> Found:
+    """What users see next: `byre ps`, which removes what dead keepers have left."""
+    ps = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "byre", "ps"), stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT
+    )
+    try:
+        async with asyncio.timeout(DEADLINE):
+            said, _ = await ps.communicate()
+    except TimeoutError:
+        ps.kill()
+        await ps.wait()
+        return [("hung", "byre ps")]
+    return [("wrong", f"byre ps ended with {ps.returncode}: {said.decode()}")] if ps.returncode else []
 
 
 async def closed(place: Place) -> Found:

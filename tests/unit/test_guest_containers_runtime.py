@@ -123,6 +123,19 @@ def test_its_log_is_believed_before_its_stderr(crun: tuple[runtime.Call, Recorde
     assert isinstance(results[3], TimeoutError)
 
 
+@pytest.mark.behaviour("B44")
+def test_its_end_is_told_though_its_log_cannot_be_read(crun: tuple[runtime.Call, Recorder, Path]) -> None:
+    """As where there are no more descriptors: the call that waits for it must not wait for ever."""
+    call, recorder, folder = crun
+    results: list[ByreError | None] = []
+    call.run(["exec"], results.append)
+    (folder / "7.log").mkdir()
+    recorder.end(1, b"something")
+    (folder / "7.log").rmdir()
+    assert isinstance(results[0], RuntimeFailed)
+    assert "its log cannot be read: Is a directory" in str(results[0])
+
+
 def test_a_pid_file_that_is_none(crun: tuple[runtime.Call, Recorder, Path]) -> None:
     call, _, folder = crun
     stdio = FakeStdio(terminal=False)

@@ -265,6 +265,77 @@ print(sorted(str(values[0]) for values in answers))
     assert lines == ["['-9', '7']"]
 
 
+def test_a_child_whose_answer_cannot_be_taken_hides_no_other() -> None:
+    """Both are told of by one SIGCHLD, perhaps the last one."""
+    lines = run("""
+import errno
+def refuse(pid, flags=0): raise OSError(errno.EMFILE, "too many open files")
+os.pidfd_open = refuse
+loop._on_error = lambda error: print(repr(error))
+def fails(*values): raise ValueError(values[0])
+for done in (fails, lambda *values: (print(values[0]), loop.stop())):
+    children.command(loop, reaper, ["/bin/true"], 10, done)
+for pid in list(reaper._watched): os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+loop.call_later(5, loop.stop)
+loop.run()
+""")
+    assert sorted(lines) == ["0", "ValueError(0)"]
+
+
+def test_a_function_for_which_there_are_no_descriptors_is_answered_from_the_loop() -> None:
+    lines = run("""
+import resource
+soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+highest = max(map(int, os.listdir("/proc/self/fd")))
+wanted = 2
+for more in range(2):
+    resource.setrlimit(resource.RLIMIT_NOFILE, (highest + more, hard))
+    children.run(loop, reaper, lambda: 7, 10, answer).cancel()
+    print(len(answers))
+loop.run()
+resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+print(*{str(error) for _result, error in answers}, *{type(error).__name__ for _result, error in answers})
+""")
+    assert lines == ["0", "0", "no new process of the agent: Too many open files StartFailed"]
+
+
+def test_what_is_in_reserve_is_lent_and_kept_again() -> None:
+    lines = run("""
+import resource
+from byre_guest import cgroups, reserve
+soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+reserve.LENT.keep()
+resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/proc/self/fd"))), hard))
+for _ in range(2):
+    try:
+        os.open("/dev/null", os.O_RDONLY)
+    except OSError as error:
+        print(error.strerror)
+    print(cgroups.read("/proc/self/comm") != "")
+resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+os.close(reserve.LENT._fd)
+""")
+    assert lines == ["Too many open files", "True"] * 2
+
+
+def test_a_forked_child_has_no_reserve_that_could_be_another_file() -> None:
+    lines = run("""
+from byre_guest import reserve
+reserve.LENT.keep()
+wanted = 1
+def in_child():
+    pipe = os.pipe()
+    while max(pipe) < 20: pipe = os.pipe()  # one of them has its number
+    with reserve.LENT:
+        return [os.fstat(fd).st_ino > 0 for fd in range(3, 20)].count(True)
+children.run(loop, reaper, in_child, 10, answer)
+loop.run()
+print(answers)
+os.close(reserve.LENT._fd)
+""")
+    assert lines == ["[(17, None)]"]
+
+
 def test_a_command_for_which_there_are_no_descriptors_leaves_none() -> None:
     lines = run("""
 import resource

@@ -434,6 +434,37 @@ def test_what_a_command_left_behind_is_killed_after_its_exit(agent: AgentClient)
     gone(pid, agent)
 
 
+@pytest.mark.behaviour("B15b", "B44")
+def test_without_descriptors_every_call_is_answered_and_a_tree_is_killed_all_the_same(agent: AgentClient) -> None:
+    process = agent.start("sh", "-c", "sleep 1000 & echo $!; wait", stdio="o")
+    child = int(process.read_until(b"\n"))
+    before = open_descriptors(agent.process.pid)
+    limits = resource.prlimit(agent.process.pid, resource.RLIMIT_NOFILE)
+    highest = max(map(int, os.listdir(f"/proc/{agent.process.pid}/fd")))
+    resource.prlimit(agent.process.pid, resource.RLIMIT_NOFILE, (highest + 1, limits[1]))
+    listeners = []
+    try:
+        with pytest.raises(errors.ResourceExhausted):
+            while True:  # each takes one of what is left below
+                listeners.append(agent.call("socket.listen", host="127.0.0.1")["listener"])
+        for method, arguments in (
+            ("process.create", {"args": ["true"]}),
+            ("files.start", {"operation": "stat", "path": "/", "stdout": agent.stream(sending=False)}),
+            ("system.stacks", {}),
+        ):
+            with pytest.raises((errors.StartFailed, errors.ResourceExhausted), match="Too many open files"):
+                agent.call(method, **arguments)
+        assert process.signal(tree=True)
+        process.wait()
+        gone(child, agent)
+    finally:
+        resource.prlimit(agent.process.pid, resource.RLIMIT_NOFILE, limits)
+    for listener in listeners:
+        agent.call("socket.close", listener=listener)
+    assert agent.run("echo", "again")[1] == b"again\n"
+    assert open_descriptors(agent.process.pid) <= before
+
+
 def test_a_tree_does_not_reach_other_processes(agent: AgentClient) -> None:
     other = agent.start("sleep", "100")
     process = agent.start("sh", "-c", "sleep 1000 & wait")

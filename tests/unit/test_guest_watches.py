@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from byre_guest import mounts, ring, watches
+from byre_guest import detours, mounts, ring, watches
 from byre_guest.loop import Loop
 from byre_proto.errors import InvalidRequest
 
@@ -55,6 +55,42 @@ def test_a_log_is_read_from_any_byte_and_what_fell_out_is_counted(
     log.finish()
     assert log.ended
     assert woken == [15, 15]
+
+
+@pytest.mark.behaviour("B20")
+def test_a_log_whose_pipe_is_switched_over_ends_with_all_that_was_written(loop: Loop) -> None:
+    log = ring.Ring(loop)
+    pipe = log.pipe()
+    os.write(pipe, b"before, ")
+    log.detour()
+    log.finish()
+    assert log.closing and not log.ended, "a thread may hold some of it"
+    os.write(pipe, b"after")
+    os.close(pipe)
+    run_until(loop, lambda: log.ended)
+    assert log.read(0) == (b"before, after", 0)
+    assert not log.closing
+
+
+def test_a_log_that_somebody_holds_open_ends_all_the_same(loop: Loop, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ring, "LAST_SECONDS", 0.02)
+    monkeypatch.setattr(detours, "needed", True)
+    log = ring.Ring(loop)
+    pipe = log.pipe()
+    log.finish()
+    run_until(loop, lambda: log.ended)
+    os.close(pipe)
+
+
+def test_a_second_attempt_has_a_log_too(loop: Loop) -> None:
+    log = ring.Ring(loop)
+    os.close(log.pipe())
+    pipe = log.pipe()
+    os.write(pipe, b"second")
+    run_until(loop, lambda: log.total == 6)
+    os.close(pipe)
+    log.finish()
+    assert log.ended
 
 
 @pytest.mark.behaviour("B29", "B31")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import socket
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -170,6 +171,35 @@ async def test_cancelling_a_boot_leaves_no_machine(turns: int) -> None:
     assert vm.machine.exited is not None or not vm.machine.running
     if hasattr(played, "guest"):
         await played.guest.close()
+
+
+@pytest.mark.behaviour("B41")
+async def test_a_boot_that_is_cancelled_as_it_fails_leaves_no_error_that_nobody_takes() -> None:
+    unheard: list[dict[str, Any]] = []
+    failed = asyncio.get_running_loop().create_future()
+
+    async def connect() -> Any:
+        await failed
+
+    vm = MemoryVM(silent)
+    starting = asyncio.create_task(vm.start())
+    while not vm.machine.running:
+        await asyncio.sleep(0)
+    vm.machine.connect = connect
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: unheard.append(context))
+    try:
+        while not failed._callbacks:  # somebody awaits it
+            await asyncio.sleep(0)
+        failed.set_exception(errors.DeadlineExceeded("now"))
+        starting.cancel()
+        await asyncio.wait({starting})
+        assert starting.cancelled()
+        del starting  # with what its traceback holds
+        gc.collect()
+        await asyncio.sleep(0)
+    finally:
+        asyncio.get_running_loop().set_exception_handler(None)
+    assert not unheard
 
 
 @pytest.mark.behaviour("B41")

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from byre import errors
+from byre import ProcessParameters, errors
 from byre.mounts import HostDirectory
 from examples import busybox_image
 from tests.conformance.test_process import SOON
@@ -153,6 +153,32 @@ async def test_a_server_that_does_not_answer_stops_its_askers_only(vm: Any, busy
             assert not reading.done() and not asking.done()
         assert await reading == "from tfrom the host\n"
         assert len(await asking) == 256 * 1024
+
+
+@pytest.mark.behaviour("B47")
+async def test_what_is_older_than_the_first_share_holds_nobody_up_either(vm: Any, shared: Path) -> None:
+    """Its pipes are switched over.  Of a large file the agent reads what came, while sendfile(2) waits for more."""
+    (shared / "large").write_bytes(os.urandom(512 * 1024))
+    assert await sh(vm, "ls -A /run/byre/s 2>/dev/null || :") == "", "there is no other share"
+    script = "import os; fd = os.open(input(), 0)\nwhile os.sendfile(1, fd, None, 1 << 20): pass"
+    parameters = ProcessParameters(args=["python3", "-c", script], stdin=True, stdout=True)
+    async with await vm.create_process(parameters) as process:
+        share = await vm.share(shared)
+        process.stdio.stdin.write(f"{share.path}/large\n".encode())
+        assert await asyncio.wait_for(process.stdio.stdout.read(), SOON) == (shared / "large").read_bytes()
+        assert (await asyncio.wait_for(process.wait(), SOON)).code == 0
+    assert await sh(vm, "echo alive", timeout=SOON) == "alive\n"
+    await share.close()
+
+
+@pytest.mark.behaviour("B20")
+async def test_the_log_of_a_container_with_a_share_has_all_at_its_exit(vm: Any, busybox: str, shared: Path) -> None:
+    args = ["sh", "-c", "seq 1 20000; cat /it/hello"]
+    mounts = [HostDirectory(shared, "/it")]
+    async with await vm.create_container(image=busybox, args=args, mounts=mounts) as container:
+        await container.start()
+        await container.wait()
+        assert (await container.log()).endswith(b"\n20000\nfrom the host\n")
 
 
 @contextlib.contextmanager
