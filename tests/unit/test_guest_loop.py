@@ -272,8 +272,11 @@ import errno
 def refuse(pid, flags=0): raise OSError(errno.EMFILE, "too many open files")
 os.pidfd_open = refuse
 loop._on_error = lambda error: print(repr(error))
-def fails(*values): raise ValueError(values[0])
-for done in (fails, lambda *values: (print(values[0]), loop.stop())):
+wanted = 2
+def fails(*values):
+    answer(*values)
+    raise ValueError(values[0])
+for done in (fails, lambda *values: (answer(*values), print(values[0]))):
     children.command(loop, reaper, ["/bin/true"], 10, done)
 for pid in list(reaper._watched): os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
 loop.call_later(5, loop.stop)
