@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from byre.errors import MachineFailed
@@ -17,8 +18,6 @@ from byre.machines import guest_memory
 from byre.machines.spawn import stoppable
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from byre.machines.config import Saved
     from byre.machines.migration import Migration
     from byre.machines.qmp import Qmp
@@ -37,8 +36,12 @@ class Continuation:
 
     def open(self, saved: Saved, handed: list[int]) -> tuple[Saved, int]:
         """Take up what was saved: it, as QEMU is to know it, and the descriptor of its state.  `handed` gets all
-        descriptors that QEMU is to have.  Raises `MachineFailed`."""
+        descriptors that QEMU is to have.  Raises `MachineFailed`.
+
+        The memory's path may be of one of this process's own descriptors, which QEMU cannot follow from its user
+        namespace: so it gets a descriptor, too."""
         self._base = _open(saved.memory)
+        handed.append(memory := os.dup(self._base))
         handed.append(state := _open(saved.state))
         disks = []
         for disk in saved.disks:
@@ -46,7 +49,7 @@ class Continuation:
                 handed.append(os.dup(disk.file))
                 disk = dataclasses.replace(disk, file=handed[-1])
             disks.append(disk)
-        return dataclasses.replace(saved, disks=tuple(disks)), state
+        return dataclasses.replace(saved, memory=Path(f"/proc/self/fd/{memory}"), disks=tuple(disks)), state
 
     def keep_back(self, wiring: Wiring) -> None:
         """Take over the end of the channel that the guest is not to find yet, if there is one."""
