@@ -21,6 +21,7 @@ import os
 import random
 import sys
 import time
+import traceback
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -81,6 +82,9 @@ class Soak:
                 await self._strike_until(place, min(end, time.monotonic() + 60))
                 last = await self._measured(place)
                 self.show(first, last)
+                if ended := [task for task in tasks if task.done()]:
+                    self.lose(f"workers ended: {ended}")
+                    break
         finally:
             for task in tasks:
                 task.cancel()
@@ -120,11 +124,13 @@ class Soak:
         try:
             await phase(world)
             self.counts["operations"] += 1
-        except Exception as error:
+        except (Exception, asyncio.CancelledError) as error:
+            if (task := asyncio.current_task()) and task.cancelling():
+                raise  # the end of it all
             if isinstance(error, (ByreError, TimeoutError)) and begin < self._may_fail_until:
                 self.counts["failed"] += 1
             else:
-                self.lose(f"{phase.__name__}: {error!r}")
+                self.lose(f"{phase.__name__}: {''.join(traceback.format_exception(error))}")
                 await asyncio.sleep(1)  # a VM that has died fails at once
 
     # -- strikes -------------------------------------------------------------------------------------------
