@@ -34,7 +34,7 @@ busybox mount -t tmpfs upper /upper
 busybox mkdir /upper/u /upper/w
 busybox mount -t overlay -o lowerdir=/lower:/more,upperdir=/upper/u,workdir=/upper/w root /root
 for kind in proc sysfs; do busybox mount -t $kind $kind /root/${kind%%fs}; done
-busybox mount --move /dev /root/dev
+busybox mount -t devtmpfs dev /root/dev
 busybox mkdir -p /root/dev/pts /root/run/sshd
 busybox mount -t devpts devpts /root/dev/pts
 busybox mount -t tmpfs run /root/tmp
