@@ -26,7 +26,15 @@ RUN_PACKAGES  := python3 python3-venv qemu-system-x86 squashfs-tools-ng golang-g
                  util-linux ca-certificates busybox-static zstd skopeo e2fsprogs diod
 TEST_PACKAGES := vagrant mmdebstrap squashfs-tools umoci docker-registry openssl xz-utils libseccomp2 procps git
 
-.PHONY: demo test nested behaviours bench lint image setup setup-test clean
+# What byre is measured beside, in a Python of its own; no test needs any of it:
+#   python3-guestfs   libguestfs; its appliance uses the kernel of byre's guest (and wants /lib/modules to exist)
+#   crun, openssh-client, kmod   containers without a VM; a client; depmod for that kernel
+PEER_PACKAGES := python3-guestfs crun openssh-client kmod
+# Unpacked for a guest and not installed: on this host they would start servers.
+GUEST_PACKAGES := openssh-server openssh-sftp-server qemu-guest-agent libwrap0
+PEER_PYTHON    := 'quick-sandbox[alpine]' virtme-ng paramiko
+
+.PHONY: demo test nested behaviours bench peers performance lint image setup setup-test clean
 
 demo: setup
 	$(BIN)/byre doctor
@@ -50,6 +58,21 @@ behaviours: setup-test
 
 bench: setup
 	for name in boot clone echo cli pool snapshot exec exec-container container stdio ping growth layers serial shares; do $(BIN)/python -m benchmarks $$name --json || exit 1; done
+
+# The peers of docs/performance.md, and the page with its plot.
+peers: .venv-peers/.installed
+
+performance: peers
+	.venv-peers/bin/python -m benchmarks peers --runs 3 --json >peers.json
+	.venv-peers/bin/python -m benchmarks.performance peers.json
+
+.venv-peers/.installed: Makefile pyproject.toml | $(VENV)/.run-packages
+	@./.ci/packages $(PEER_PACKAGES)
+	$(PYTHON) -m venv --system-site-packages .venv-peers
+	.venv-peers/bin/pip install --quiet --disable-pip-version-check --editable . $(PEER_PYTHON)
+	@mkdir -p .venv-peers/debs .venv-peers/guest
+	cd .venv-peers/debs && apt-get download -q $(GUEST_PACKAGES) && for deb in *.deb; do dpkg-deb -x $$deb ../guest || exit 1; done
+	@touch $@
 
 lint: setup-test
 	$(BIN)/python -m pytest tests/unit/test_linters.py tests/unit/test_layering.py
@@ -79,4 +102,4 @@ $(VENV)/.test-installed: pyproject.toml | $(VENV)/.installed
 	@touch $@
 
 clean:
-	rm -rf $(VENV) $(RESULTS) .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) .venv-peers $(RESULTS) .mypy_cache .ruff_cache .pytest_cache .hypothesis

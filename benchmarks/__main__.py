@@ -6,7 +6,22 @@ import argparse
 import asyncio
 import sys
 
-from . import boot, clone, container, density, execs, growth, layers, ping, pool, serial, shares, snapshot, stdio
+from . import (
+    boot,
+    clone,
+    container,
+    density,
+    execs,
+    growth,
+    layers,
+    peers,
+    ping,
+    pool,
+    serial,
+    shares,
+    snapshot,
+    stdio,
+)
 
 BENCHMARKS = {
     "boot": boot.run,
@@ -20,6 +35,7 @@ BENCHMARKS = {
     "stdio": stdio.run,
     "growth": growth.run,
     "layers": layers.run,
+    "peers": peers.run,
     "ping": ping.run,
     "pool": pool.run,
     "serial": serial.run,

@@ -50,15 +50,19 @@ MACHINES = {
 }
 
 
-def initramfs(image: Image, script: str = ECHO) -> bytes:
-    """A cpio with busybox, the modules of a virtio-serial port, and `script` at the end of its init."""
+#: What a virtio-serial port needs.
+MODULES = ("virtio_mmio", "virtio_pci", "virtio_console")
+
+
+def initramfs(image: Image, script: str = ECHO, modules: Sequence[str] = MODULES) -> bytes:
+    """A cpio with busybox, `modules` with what they need, and `script` at the end of its init."""
     dep = _cat(image, "usr/lib/modules", "modules.dep").decode()
     needs = {}
     for line in dep.splitlines():
         path, _, rest = line.partition(":")
         needs[Path(path).name.partition(".")[0].replace("-", "_")] = [path, *rest.split()]
     order: list[str] = []
-    for name in ("virtio_mmio", "virtio_pci", "virtio_console"):
+    for name in modules:
         if name in needs:
             order += [path for path in reversed(needs[name]) if path not in order]
     busybox = Path(shutil.which("busybox") or "/bin/busybox").read_bytes()
@@ -83,6 +87,22 @@ def _cat(image: Image, base: str, name: str) -> bytes:
     ).stdout
 
 
+def command_line(image: Image, machine: str, initrd: str, channel: int) -> list[str]:
+    """QEMU's arguments for a bare machine whose port is the descriptor `channel`."""
+    accelerator = choose_accelerator("auto").name
+    config = MachineConfig(
+        kernel=image.kernel, initramfs=image.initramfs, root=image.root, kernel_arguments=KERNEL_ARGUMENTS
+    )
+    choices, _ = choose_machine(machine, accelerator, tsc_khz())
+    append = kernel_command_line(config, choices, "")
+    cpu = "host" if accelerator == "kvm" else EMULATED_CPU
+    command = ["qemu-system-x86_64", "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"]
+    command += ["-accel", accelerator, "-cpu", cpu, "-m", "256", "-smp", "1"]
+    command += ["-kernel", str(image.kernel), "-initrd", initrd, "-append", append, "-serial", "null"]
+    command += [*MACHINES[machine], "-chardev", f"socket,id=c,fd={channel}"]
+    return [*command, "-device", "virtserialport,chardev=c"]
+
+
 @contextlib.asynccontextmanager
 async def bare_machine(
     image: Image, machine: str, script: str = ECHO, *, more: Sequence[str] = (), handed: Sequence[int] = ()
@@ -93,29 +113,10 @@ async def bare_machine(
     """
     ours, theirs = socket.socketpair()
     ours.setblocking(False)
-    accelerator = choose_accelerator("auto").name
-    config = MachineConfig(
-        kernel=image.kernel, initramfs=image.initramfs, root=image.root, kernel_arguments=KERNEL_ARGUMENTS
-    )
-    choices, _ = choose_machine(machine, accelerator, tsc_khz())
-    append = kernel_command_line(config, choices, "")
     with tempfile.NamedTemporaryFile(prefix="byre-floor-") as file:
         file.write(initramfs(image, script))
         file.flush()
-        command = ["qemu-system-x86_64", "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"]
-        command += [
-            "-accel",
-            accelerator,
-            "-cpu",
-            "host" if accelerator == "kvm" else EMULATED_CPU,
-            "-m",
-            "256",
-            "-smp",
-            "1",
-        ]
-        command += ["-kernel", str(image.kernel), "-initrd", file.name, "-append", append, "-serial", "null"]
-        command += [*MACHINES[machine], "-chardev", f"socket,id=c,fd={theirs.fileno()}"]
-        command += ["-device", "virtserialport,chardev=c", *more]
+        command = [*command_line(image, machine, file.name, theirs.fileno()), *more]
         started = time.perf_counter()
         process = await asyncio.create_subprocess_exec(*command, pass_fds=(theirs.fileno(), *handed))
         theirs.close()
