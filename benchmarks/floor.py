@@ -87,9 +87,9 @@ def _cat(image: Image, base: str, name: str) -> bytes:
     ).stdout
 
 
-def command_line(image: Image, machine: str, initrd: str, channel: int) -> list[str]:
+def command_line(image: Image, machine: str, initrd: str, channel: int, wanted: str = "auto") -> list[str]:
     """QEMU's arguments for a bare machine whose port is the descriptor `channel`."""
-    accelerator = choose_accelerator("auto").name
+    accelerator = choose_accelerator(wanted).name
     config = MachineConfig(
         kernel=image.kernel, initramfs=image.initramfs, root=image.root, kernel_arguments=KERNEL_ARGUMENTS
     )

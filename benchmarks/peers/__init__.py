@@ -36,6 +36,9 @@ PEERS: dict[str, type[Peer]] = {
 #: Longest that a peer may take for all, in seconds: then it is killed, and its other figures are missing.
 LIMIT = 170.0
 
+#: For a peer to be stopped in order when it is over, in seconds.
+GRACE = 15.0
+
 TARGET = "< 1"
 
 
@@ -77,11 +80,19 @@ async def _measure(name: str, report: PeersReport, directory: str) -> None:
     except TimeoutError:
         end = f"no end within {LIMIT:.0f} s"
     finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        await process.wait()
+        await _end(process)
     if process.returncode:
         report.missing.setdefault(name, end)
+
+
+async def _end(process: asyncio.subprocess.Process) -> None:
+    """First so that the peer is stopped in order: what it began may be in no group that could be killed."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, number)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(GRACE):
+                await process.wait()
 
 
 def note(report: PeersReport, name: str, line: dict[str, str | float]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -24,6 +25,7 @@ def said(step: str, result: float | str) -> None:
 
 
 def main(name: str, runs: int) -> None:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that it is stopped in order
     with tempfile.TemporaryDirectory() as directory:
         try:
             peer = PEERS[name](Path(directory))

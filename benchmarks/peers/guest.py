@@ -18,7 +18,7 @@ import byre_images
 from benchmarks import floor
 from byre_images.tree import Tree
 
-from .interface import Cannot, output_of
+from .interface import ACCELERATOR, Cannot, output_of
 
 #: Where `make peers` unpacks the packages.
 PROGRAMS = Path(sys.prefix) / "guest"
@@ -100,7 +100,7 @@ class Guest:
         ours, theirs = socket.socketpair()
         self.agent.unlink(missing_ok=True)
         self.port = free_port()
-        command = floor.command_line(self._image, "pc", str(self._initrd), theirs.fileno())
+        command = floor.command_line(self._image, "pc", str(self._initrd), theirs.fileno(), ACCELERATOR)
         for number, disk in enumerate((self._image.root, self._more)):
             command += ["-drive", f"id=d{number},if=none,format=raw,readonly=on,file={disk}"]
             command += ["-device", f"virtio-blk-pci,drive=d{number}"]

@@ -12,6 +12,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 
+#: Of every machine, whatever this host has: some peers have no other, or none that can be chosen.
+ACCELERATOR = "tcg"
+
 
 class Cannot(Exception):
     """Why a peer is missing here, or has no figure for a step; in words for the table."""

@@ -12,7 +12,7 @@ from typing import Any
 
 from byre_images.cache import Cache
 
-from .interface import Cannot, Peer, debian_version, output_of
+from .interface import ACCELERATOR, Cannot, Peer, debian_version, output_of
 
 
 class Byre(Peer):
@@ -23,7 +23,7 @@ class Byre(Peer):
         from byre.sync import UtilityVM
 
         self._make, self._vm = UtilityVM, None
-        with UtilityVM():  # which makes the template
+        with UtilityVM(accelerator=ACCELERATOR):  # which makes the template
             pass
 
     def version(self) -> str:
@@ -36,7 +36,7 @@ class Byre(Peer):
         self._enter(template="auto")
 
     def _enter(self, **options: Any) -> None:
-        self._vm = self._make(**options)
+        self._vm = self._make(accelerator=ACCELERATOR, **options)
         self._vm.__enter__()
 
     def run(self, script: str) -> bytes:

@@ -45,7 +45,7 @@ def measure(peer: Peer, runs: int, say: Say) -> None:
     data = base64.b64encode(os.urandom(SIZE))[:SIZE]  # text: some peers carry nothing else
     steps: dict[str, Callable[[], float]] = {
         "true": lambda: _timed(lambda: peer.run("true"), b""),
-        "put_8m": lambda: _timed(lambda: peer.put(data, PATH), None),
+        "put_8m": lambda: _put(peer, data),
         "get_8m": lambda: _timed(lambda: peer.get(PATH), data),
         "output_8m": lambda: _timed(lambda: peer.run(f"cat {PATH}"), data),
         "output_256m": lambda: _timed(
@@ -65,6 +65,12 @@ def _start(peer: Peer, start: Callable[[], None]) -> float:
         return peer.run("printf first")
 
     return _timed(first, b"first")
+
+
+def _put(peer: Peer, data: bytes) -> float:
+    taken = _timed(lambda: peer.put(data, PATH), None)
+    _timed(lambda: peer.get(PATH), data)  # for what it compares
+    return taken
 
 
 def _timed(call: Callable[[], Any], expected: bytes | None) -> float:
