@@ -18,6 +18,12 @@ from __future__ import annotations
 import errno
 import os
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from .loop import Loop
+
 #: Moved at once.
 CHUNK = 64 * 1024
 
@@ -48,6 +54,18 @@ def around(pipe: int, *, reading: bool) -> int:
         raise OSError(errno.EAGAIN, str(error)) from error
     theirs.detach()
     return ours.detach()
+
+
+def switch(loop: Loop, pipe: int, watch: Callable[[int], object], *, reading: bool) -> int:
+    """Lead a pipe of ours `around` that `loop` watches: have `watch` begin with what takes its place, which is
+    returned.  Raises OSError: then it is watched as before."""
+    loop.remove(pipe)
+    fd = pipe
+    try:
+        fd = around(pipe, reading=reading)
+    finally:
+        watch(fd)
+    return fd
 
 
 def _carry(source: int, sink: int) -> None:

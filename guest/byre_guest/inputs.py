@@ -56,22 +56,17 @@ class ToPipe:
         self._last: bytes | memoryview = b""  # the byte written last
         self.detoured = False
         pumps.add(self)
-        self._watch()
+        self._watch(fd)
 
-    def _watch(self) -> None:
-        os.set_blocking(self._fd, False)
-        self._pumps.loop.add(self._fd, EPOLLOUT | EPOLLET, self._on_ready)
+    def _watch(self, fd: int) -> None:
+        os.set_blocking(fd, False)
+        self._pumps.loop.add(fd, EPOLLOUT | EPOLLET, self._on_ready)
 
     def detour(self) -> None:
         """From now on a thread writes to the pipe.  Raises OSError: then nothing has changed."""
-        if self._fd < 0 or self.detoured:
-            return
-        self._pumps.loop.remove(self._fd)
-        try:
-            self._fd = detours.around(self._fd, reading=False)
+        if self._fd >= 0 and not self.detoured:
+            self._fd = detours.switch(self._pumps.loop, self._fd, self._watch, reading=False)
             self.detoured = True
-        finally:
-            self._watch()
 
     def _on_ready(self, mask: int) -> None:
         if mask & EPOLLERR:

@@ -186,22 +186,17 @@ class FromPipe:
         self._settled = terminal or kept or pumps.channel.max_data < limits.MAX_DATA
         self._grown = 0
         pumps.add(self)
-        self._watch()
+        self._watch(fd)
 
-    def _watch(self) -> None:
-        os.set_blocking(self._fd, False)
-        self._pumps.loop.add(self._fd, EPOLLIN | EPOLLRDHUP | EPOLLET, self._on_ready)
+    def _watch(self, fd: int) -> None:
+        os.set_blocking(fd, False)
+        self._pumps.loop.add(fd, EPOLLIN | EPOLLRDHUP | EPOLLET, self._on_ready)
 
     def detour(self) -> None:
         """From now on a thread reads the pipe.  Raises OSError: then nothing has changed."""
-        if self._fd < 0 or self.detoured:
-            return
-        self._pumps.loop.remove(self._fd)
-        try:
-            self._fd = detours.around(self._fd, reading=True)
+        if self._fd >= 0 and not self.detoured:
+            self._fd = detours.switch(self._pumps.loop, self._fd, self._watch, reading=True)
             self.detoured = True
-        finally:
-            self._watch()
 
     def _on_ready(self, mask: int) -> None:
         self._readable = True

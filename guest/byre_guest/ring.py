@@ -64,7 +64,7 @@ class Ring:
         self._let_go()  # of an attempt that failed
         self._fd, writing = os.pipe2(os.O_CLOEXEC)
         self.ended = self._detoured = False
-        self._watch()
+        self._watch(self._fd)
         if detours.needed:
             try:
                 self.detour()
@@ -73,20 +73,15 @@ class Ring:
                 raise
         return writing
 
-    def _watch(self) -> None:
-        os.set_blocking(self._fd, False)
-        self._loop.add(self._fd, EPOLLIN, lambda _mask: self._read())
+    def _watch(self, fd: int) -> None:
+        os.set_blocking(fd, False)
+        self._loop.add(fd, EPOLLIN, lambda _mask: self._read())
 
     def detour(self) -> None:
         """From now on a thread reads the pipe.  Raises OSError: then nothing has changed."""
-        if self._fd < 0 or self._detoured:
-            return
-        self._loop.remove(self._fd)
-        try:
-            self._fd = detours.around(self._fd, reading=True)
+        if self._fd >= 0 and not self._detoured:
+            self._fd = detours.switch(self._loop, self._fd, self._watch, reading=True)
             self._detoured = True
-        finally:
-            self._watch()
 
     def _read(self) -> bool:
         try:

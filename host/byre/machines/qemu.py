@@ -120,11 +120,14 @@ class QemuMachine(Machine):
 
     async def _start(self) -> None:
         self._check()
+        refused = await in_thread(namespaces.problem)
+        why = "QEMU has its own" if refused is None else f"QEMU has its user's: {refused}"
+        self.explanation["namespaces"] = why  # `_choose` adds the others
         # Only a kernel that boots is told the rate, so only then it has to be right.
         with span("choices"):
             choices, transport = await self._choose(rough_tsc_khz if self._config.saved else tsc_khz)
         with span("QEMU"):
-            qmp, state_fd = self._spawn(choices, transport)
+            qmp, state_fd = self._spawn(choices, transport, apart=refused is None)
             self._reaper = asyncio.create_task(self._reap(), name=f"machine {self.id}")
             await self._qmp.connect(qmp)
         found, oldest = (".".join(map(str, v)) for v in (self._qmp.version, OLDEST_QEMU))
@@ -155,21 +158,19 @@ class QemuMachine(Machine):
         khz = await in_thread(measure) if accelerator.name == "tcg" else None
         choices, why_machine = choose_machine(config.machine, accelerator.name, khz)
         transport, why_transport = choose_transport(config.transport, accelerator.name)
-        refused = await in_thread(namespaces.problem)
         self.explanation |= {
             "accelerator": f"{accelerator.name}: {accelerator.reason}",
             "machine": f"{choices.machine}: {why_machine}",
             "transport": f"{transport.name}: {why_transport}",
-            "namespaces": "QEMU has its own" if refused is None else f"QEMU has its user's: {refused}",
         }
         for what, why in self.explanation.items():
             logger.info("= vm %s %s %s", self.id, what, why)
         return choices, transport
 
-    def _spawn(self, choices: Choices, transport: Transport) -> tuple[socket.socket, int | None]:
+    def _spawn(self, choices: Choices, transport: Transport, *, apart: bool) -> tuple[socket.socket, int | None]:
         """Spawn QEMU; the host's end of its QMP socket, and the number that the state's file has in QEMU, if any.
 
-        Never suspends, so nothing is half done.
+        `apart`: in namespaces of its own.  Never suspends, so nothing is half done.
         """
         with contextlib.ExitStack() as undo:
             undo.callback(transport.close)
@@ -197,9 +198,7 @@ class QemuMachine(Machine):
         self._transport = transport
         logger.debug("> %s", command)
         sinks = {console.detach(): self._console.feed}
-        self._process = OwnedProcess(
-            command, output=self._stderr.feed, sinks=sinks, handed=handed, apart=namespaces.problem() is None
-        )
+        self._process = OwnedProcess(command, output=self._stderr.feed, sinks=sinks, handed=handed, apart=apart)
         try:
             self._process.start()
         except BaseException:
