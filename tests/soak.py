@@ -110,16 +110,17 @@ class Soak:
     async def _work(self, place: Own, number: int) -> None:
         chance = random.Random(f"{self.random.random()}/{number}")
         phases = [phase for phase in PHASES if phase not in (boot, ending)]  # those are done beside
+        world = World(place, self.image, chance, may_kill=True)  # once: it looks around, which takes descriptors
+        world.struck.set()  # whoever takes something back need not wait for it
         while True:
             await self._calm.wait()
             self._working += 1
             try:
-                await self._one_piece(chance.choice(phases), World(place, self.image, chance, may_kill=True))
+                await self._one_piece(chance.choice(phases), world)
             finally:
                 self._working -= 1
 
     async def _one_piece(self, phase: Phase, world: World) -> None:
-        world.struck.set()  # whoever takes something back need not wait for it
         begin = time.monotonic()
         try:
             await phase(world)
