@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import resource
 import signal
@@ -440,12 +441,15 @@ def test_without_descriptors_every_call_is_answered_and_a_tree_is_killed_all_the
     child = int(process.read_until(b"\n"))
     before = open_descriptors(agent.process.pid)
     limits = resource.prlimit(agent.process.pid, resource.RLIMIT_NOFILE)
-    highest = max(map(int, os.listdir(f"/proc/{agent.process.pid}/fd")))
-    resource.prlimit(agent.process.pid, resource.RLIMIT_NOFILE, (highest + 1, limits[1]))
+    used = set(map(int, os.listdir(f"/proc/{agent.process.pid}/fd")))
+    # Not limited to its highest number: that of its socket was ours, and may be far above the number of listeners.
+    unused = (fd for fd in itertools.count() if fd not in used)
+    few = next(itertools.islice(unused, 4, None))
+    resource.prlimit(agent.process.pid, resource.RLIMIT_NOFILE, (few, limits[1]))
     listeners = []
     try:
         with pytest.raises(errors.ResourceExhausted):
-            while True:  # each takes one of what is left below
+            while True:  # each takes one of the few
                 listeners.append(agent.call("socket.listen", host="127.0.0.1")["listener"])
         for method, arguments in (
             ("process.create", {"args": ["true"]}),
