@@ -448,7 +448,7 @@ def test_without_descriptors_every_call_is_answered_and_a_tree_is_killed_all_the
     resource.prlimit(agent.process.pid, resource.RLIMIT_NOFILE, (few, limits[1]))
     listeners = []
     try:
-        with pytest.raises(errors.ResourceExhausted):
+        with pytest.raises(errors.ResourceExhausted, match="Too many open files"):
             while True:  # each takes one of the few
                 listeners.append(agent.call("socket.listen", host="127.0.0.1")["listener"])
         for method, arguments in (
