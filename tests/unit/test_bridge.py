@@ -165,8 +165,10 @@ async def test_a_guest_that_is_silent_is_not_waited_for_with_all_that_is_to_be_t
         channel = guest.bridge._channel
         assert channel is not None
         channel.transport.pause_reading()
+        over = asyncio.Event()
         for _ in range(3):
-            assert await bridge.finish(asyncio.Event().wait(), 1000) is None
+            assert await bridge.finish(over.wait(), 1000) is None
+        over.set()
 
 
 async def test_a_guest_that_speaks_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -261,10 +263,10 @@ async def test_log_lines_arrive_escaped_and_a_flood_is_cut_and_counted(caplog: p
                     guest.bridge.session.log("agent", logging.INFO, "flood")
                 guest.bridge.flush_soon()
                 await bridge.ping(SOON)
-        assert caplog.records[0].name == "byre.guest.vm7"
-        assert caplog.records[0].getMessage() == "kernel: 100% \\x1b[2J"
-        assert caplog.records[0].levelno == logging.ERROR
-        assert 2000 <= len(caplog.records) < 8000, "the rate is limited"
+        records = [record for record in caplog.records if record.name == "byre.guest.vm7"]
+        assert records[0].getMessage() == "kernel: 100% \\x1b[2J"
+        assert records[0].levelno == logging.ERROR
+        assert 2000 <= len(records) < 8000, "the rate is limited"
 
 
 # -- the loss of the connection ----------------------------------------------------------------------------
