@@ -17,14 +17,17 @@ RESULTS  := test-results
 #   busybox-static          the demo's and the tests' small container image
 #   skopeo                  images from registries
 #   diod                    directories of this host in a VM: the 9P server
+#   slirp4netns             networks that lead out (--net user)
 #   mmdebstrap, umoci, …    tests: a real Debian userland, independent tools to compare with
 #   docker-registry         tests: a real registry; the package starts one of its own on port 5000, which is not used
 #   openssl                 tests: a certificate that nobody vouches for
 #   vagrant                 tests: `vagrant validate`
 #   libseccomp2             tests: the seccomp profile is compiled as a runtime would
+#   iproute2                tests: networks of their own, to reach and to be kept from
 RUN_PACKAGES  := python3 python3-venv qemu-system-x86 squashfs-tools-ng golang-github-containers-common \
-                 util-linux ca-certificates busybox-static zstd skopeo e2fsprogs diod
-TEST_PACKAGES := vagrant mmdebstrap squashfs-tools umoci docker-registry openssl xz-utils libseccomp2 procps git
+                 util-linux ca-certificates busybox-static zstd skopeo e2fsprogs diod slirp4netns
+TEST_PACKAGES := vagrant mmdebstrap squashfs-tools umoci docker-registry openssl xz-utils libseccomp2 procps git \
+                 iproute2
 
 # What byre is measured beside, in a Python of its own; no test needs any of it:
 #   python3-guestfs   libguestfs; its appliance uses the kernel of byre's guest (and wants /lib/modules to exist)

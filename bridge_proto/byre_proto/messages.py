@@ -123,6 +123,21 @@ METHODS: dict[str, tuple[dict[str, tuple[Any, ...]], dict[str, tuple[Any, ...]]]
     "share.unmount": ({"share": ("str",)}, {}),
     # Answered when it is gone, or (`lost`) its server is: then whatever is asked of it fails with EIO.
     "share.wait": ({"share": ("str",)}, {"lost": ("bool",)}),
+    # A network card whose cable is two streams of Ethernet frames, each after its length in two bytes, big endian.
+    # It is in a new network, for a container or a pod to be made with, or (`own`) in the VM's own.
+    "network.open": (
+        {
+            "stdin": ("int",),
+            "stdout": ("int",),
+            "own": ("bool", False),
+            "address": ("str",),  # of the card, as 10.0.2.100/24
+            "gateway": ("str",),
+            "nameserver": ("str",),
+            "mtu": ("int",),
+        },
+        {"network": ("str",)},
+    ),
+    "network.close": ({"network": ("str",)}, {}),
     "container.create": (
         {
             "container": ("str",),
@@ -136,6 +151,7 @@ METHODS: dict[str, tuple[dict[str, tuple[Any, ...]], dict[str, tuple[Any, ...]]]
             "user": ("str", ""),
             "stop_signal": ("int", 15),
             "pod": ("str", ""),
+            "network": ("str", ""),  # that is the container's from now on, and goes with it; "" leads nowhere
         },
         {},
     ),
@@ -166,6 +182,7 @@ METHODS: dict[str, tuple[dict[str, tuple[Any, ...]], dict[str, tuple[Any, ...]]]
             "hostname": ("str", ""),
             "share_pid": ("bool", False),
             "resources": ("{any}", {}),
+            "network": ("str", ""),  # as a container's
         },
         {},
     ),
@@ -220,6 +237,8 @@ METHODS.update(
             {"directory": ("str",), "read_only": ("bool", False), "cache": ("str", "mmap")},
             {"share": ("str",), "path": ("str",)},
         ),
+        # As network.open, with the keeper at the cable's other end.
+        "vm.network": ({"own": ("bool", False)}, {"network": ("str",)}),
         "vm.console": ({"lines": ("int", 40)}, {"text": ("str",)}),
         # Its events after the number `after`, when there are any; at once, without any, for -1.  `last` is the
         # number of the last one that has happened.

@@ -164,18 +164,24 @@ def _ended() -> ByreError:
 
 def passed_socket(channel: _socket.socket) -> _socket.socket:
     """The socket that a child has passed.  Raises `ResourceExhausted` when there is no descriptor for it."""
+    return _socket.socket(fileno=passed_descriptor(channel))
+
+
+def passed_descriptor(channel: _socket.socket) -> int:
+    """What a child has passed.  Raises `ResourceExhausted` when there is no descriptor for it."""
     _, rights, _, _ = channel.recvmsg(1, _socket.CMSG_LEN(_FD.size), _socket.MSG_DONTWAIT | MSG_CMSG_CLOEXEC)
     if not rights:
         raise exhausted(OSError(errno.EMFILE, os.strerror(errno.EMFILE)))
-    return _socket.socket(fileno=_FD.unpack(rights[0][2])[0])
+    fd: int = _FD.unpack(rights[0][2])[0]
+    return fd
 
 
 # -- in a helper child -------------------------------------------------------------------------------------
 
 
-def pass_socket(channel: _socket.socket, sock: _socket.socket) -> None:
+def pass_descriptor(channel: _socket.socket, fd: int) -> None:
     """Give it to the agent."""
-    channel.sendmsg([b"\0"], [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, _FD.pack(sock.fileno()))])
+    channel.sendmsg([b"\0"], [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, _FD.pack(fd))])
 
 
 def root_of(pid: int, pidfd: int) -> int:

@@ -56,13 +56,14 @@ def path_of(container: str) -> str:
 
 
 def prepare(
-    container: str, cgroup: str, paths: dict[str, str], arguments: dict[str, Any], etc: str
+    container: str, cgroup: str, paths: dict[str, str], arguments: dict[str, Any], etc: str, nameserver: str
 ) -> dict[str, Any]:
     """Mount the root, set the limits, write the specs; returns the process object of the container's init.
 
     `arguments` are those of `container.create`, `paths` has where the disks that they name are mounted; `etc` is
-    where a pod has its `names`, "": the container has its own.  Raises `StorageFailed`, `UserNotFound`,
-    `InvalidRequest`, `ProgramNotFound` and `ProgramNotExecutable` (for a format that cannot run).
+    where a pod has its `names`, "": the container has its own, with the `nameserver` of its network.  Raises
+    `StorageFailed`, `UserNotFound`, `InvalidRequest`, `ProgramNotFound` and `ProgramNotExecutable` (for a format
+    that cannot run).
     """
     bundle = path_of(container)
     limits, spec = cgroups.take_limits(arguments["spec"])
@@ -78,7 +79,7 @@ def prepare(
             names.add(etc, container)
         else:
             etc = f"{scratch}/etc"
-            names.write(etc, [str(spec.get("hostname") or container), container])
+            names.write(etc, [str(spec.get("hostname") or container), container], nameserver)
     except OSError as error:
         raise StorageFailed(f"the root of {container} could not be made: {error}", errno=error.errno) from error
     cgroups.apply(cgroup, limits)

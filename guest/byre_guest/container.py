@@ -21,7 +21,7 @@ from time import time_ns
 
 from byre_proto.errors import ByreError, ContainerNotReady, RuntimeFailed, StartFailed
 
-from . import bundle, cgroups, children, runtime
+from . import bundle, cgroups, children, oci, runtime
 from .inits import UNASKED, Init
 from .ring import Ring
 from .watches import Count, Watches
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from .execs import Exec
     from .files import ContainerFiles
     from .mounts import Mounts
+    from .networks import Network
     from .pods import Pod
     from .processes import Process
     from .server import Call
@@ -112,11 +113,14 @@ class Container:
 
     # -- create --------------------------------------------------------------------------------------------
 
-    def create(self, call: Call, paths: dict[str, str], arguments: dict[str, Any]) -> None:
+    def create(self, call: Call, paths: dict[str, str], network: Network | None, arguments: dict[str, Any]) -> None:
         """Make everything that the runtime will need; answers the call.  `paths`: of its disks, by name."""
-        etc = ""
+        etc = nameserver = ""
         if self.pod is not None:
             arguments, etc = {**arguments, "spec": self.pod.spec(arguments["spec"])}, self.pod.etc
+        elif network is not None:
+            arguments = {**arguments, "spec": oci.joined(arguments["spec"], {"network": network.path})}
+            nameserver = network.nameserver
         given_up: list[ByreError] = []
 
         def prepared(process: dict[str, Any] | None, error: ByreError | None) -> None:
@@ -132,7 +136,9 @@ class Container:
             reason = failure or RuntimeFailed(f"container {self.id} was not prepared")
             self._remove(lambda _error: call.fail(reason))
 
-        child = self._in_child(lambda: bundle.prepare(self.id, self.cgroup, paths, arguments, etc), prepared)
+        child = self._in_child(
+            lambda: bundle.prepare(self.id, self.cgroup, paths, arguments, etc, nameserver), prepared
+        )
 
         def give_up(error: ByreError) -> None:
             given_up.append(error)

@@ -17,6 +17,7 @@ from byre_proto.errors import ByreError, ContainerExists, ContainerNotFound, Inv
 from . import cgroups, children, disks, oci, pods, stats, volumes
 from .container import STORAGE_TIMEOUT, Container
 from .execs import Exec
+from .networks import Networks
 from .shares import Shares
 
 TYPE_CHECKING = False
@@ -38,7 +39,7 @@ _ALPHANUMERIC = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0
 _ID_CHARACTERS = _ALPHANUMERIC | frozenset("_.-")
 
 #: What the methods begin with that are served here.
-METHODS = ("container.", "disk.", "pod.", "share.")
+METHODS = ("container.", "disk.", "network.", "pod.", "share.")
 
 #: Signals are 1 to 64; 0 would probe, not stop.
 MAX_SIGNAL = 64
@@ -99,7 +100,8 @@ class Containers:
         self.emit = server.event
         self.log = server.logs.log
         self.disks = disks.Disks(server.loop, server.reaper)
-        self.pods = pods.Pods(server.loop, server.reaper, self.log)
+        self.networks = Networks(server)
+        self.pods = pods.Pods(server.loop, server.reaper, self.log, self.networks)
         self.shares = Shares(server, self._detour)
         self._by_id: dict[str, Container] = {}
 
@@ -118,6 +120,8 @@ class Containers:
             "share.mount": self.shares.mount,
             "share.unmount": self.shares.unmount,
             "share.wait": self.shares.wait,
+            "network.open": self.networks.open,
+            "network.close": self.networks.close,
             "container.create": self._create,
             "container.init": self._init,
             "container.start": lambda call, arguments: self._find(arguments).start(call),
@@ -144,6 +148,7 @@ class Containers:
         self._by_id.pop(container.id, None)
         self.disks.release(container.id)
         self.shares.release(container.id)
+        self.networks.release(f"c {container.id}")
         if container.pod is not None:
             container.pod.forget(container)
 
@@ -174,13 +179,16 @@ class Containers:
         if arguments["scratch_bytes"] < 0 or not 0 < arguments["stop_signal"] <= MAX_SIGNAL:
             raise InvalidRequest("scratch_bytes or stop_signal is out of range")
         oci.check_spec(arguments["spec"])
+        if arguments["pod"] and arguments["network"]:
+            raise InvalidRequest("a container in a pod has the pod's network", field="network")
         pod = self.pods.find(arguments["pod"]) if arguments["pod"] else None
         container = Container(self, name, arguments["stop_signal"], arguments["lease"], pod)
         self._by_id[name] = container
         if pod is not None:
             pod.containers.add(container)
         try:
-            container.create(call, self._hold(name, arguments), arguments)
+            network = self.networks.use(arguments["network"], f"c {name}") if arguments["network"] else None
+            container.create(call, self._hold(name, arguments), network, arguments)
         except (ByreError, OSError):
             self.forget(container)
             raise

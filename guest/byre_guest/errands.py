@@ -94,7 +94,7 @@ class Errand:
         def in_child() -> object:
             sock = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM | _socket.SOCK_CLOEXEC)
             result = self._work(addresses.root_of(pid, pidfd), sock)
-            addresses.pass_socket(theirs, sock)
+            addresses.pass_descriptor(theirs, sock.fileno())
             return result
 
         def ended(result: Any, error: ByreError | None) -> None:

@@ -1,6 +1,6 @@
 """What a container reads of names: /etc/hosts, /etc/hostname, /etc/resolv.conf, as container users expect them.
 
-    write(directory, names)          make the three
+    write(directory, names, server)  make the three
     add(directory, name)             one more name of this machine, in a pod's hosts
     mounts(directory, spec)          the mounts that put them in their places
 
@@ -27,19 +27,24 @@ _HOSTS = f"{LOOPBACK}\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n"
 MAX_HOSTS = 64 * 1024
 
 
-def write(directory: str, names: list[str]) -> None:
-    """Make them; of `names` the first is the host name.  Raises OSError."""
+def write(directory: str, names: list[str], nameserver: str) -> None:
+    """Make them; of `names` the first is the host name; "" is nobody to ask for others.  Raises OSError."""
     os.makedirs(directory, 0o755, exist_ok=True)
     own = " ".join(dict.fromkeys(names))
     texts = (
         f"{_HOSTS}{LOOPBACK}\t{own}\n",
         f"{names[0]}\n",
-        "",  # there is no network, and so nobody to ask
+        resolv_conf(nameserver),
     )
     for name, text in zip(FILES, texts):
         with open(f"{directory}/{name}", "x", encoding="utf-8") as file:
             os.fchmod(file.fileno(), 0o644)
             file.write(text)
+
+
+def resolv_conf(nameserver: str) -> str:
+    """The text of /etc/resolv.conf."""
+    return f"nameserver {nameserver}\n" if nameserver else ""
 
 
 def add(directory: str, name: str) -> None:

@@ -85,6 +85,14 @@ def container_spec(spec: dict[str, Any], root: str, cgroup: str, process: dict[s
     }
 
 
+def joined(spec: dict[str, Any], paths: dict[str, str]) -> dict[str, Any]:
+    """The spec with these namespaces, kind -> path, in the place of what it has of its own."""
+    linux = spec.get("linux", {})
+    own = [kind for kind in linux.get("namespaces", []) if kind.get("type") not in paths]
+    others = [{"type": kind, "path": path} for kind, path in paths.items()]
+    return {**spec, "linux": {**linux, "namespaces": [*own, *others]}}
+
+
 def init_process(given: dict[str, Any], user: dict[str, Any] | None) -> dict[str, Any]:
     """The process object of a container's init; `user` as `users.look_up` found it, None: as given."""
     process = {"cwd": "/", "env": [], "user": {"uid": 0, "gid": 0}, **given, "terminal": False}

@@ -23,7 +23,7 @@ from byre_proto.errors import (
     StorageFailed,
 )
 
-from . import bundle, cgroups, children, linux, names, namespaces
+from . import bundle, cgroups, children, linux, names, namespaces, oci
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
     from .container import Container
     from .loop import Loop
+    from .networks import Network, Networks
     from .reaper import Reaper
     from .server import Call, Handler
 
@@ -64,6 +65,7 @@ class Pod:
     def __init__(self, name: str, hostname: str, share_pid: bool) -> None:
         self.name = name
         self.hostname = hostname
+        self.network: Network | None = None  # one that leads out, and is pinned elsewhere
         self.kinds = ("network", "ipc", "uts")
         self.share_pid = share_pid
         self.directory = f"{BASE}/{name}"
@@ -88,9 +90,7 @@ class Pod:
     def spec(self, spec: dict[str, Any]) -> dict[str, Any]:
         """A container's spec, with the pod's in the place of what the container would have of its own."""
         shared = (*self.kinds, "pid") if self.share_pid else self.kinds
-        linux_part = spec.get("linux", {})
-        own = [kind for kind in linux_part.get("namespaces", []) if kind.get("type") not in shared]
-        joined = [{"type": kind, "path": f"{self.directory}/{kind}"} for kind in shared]
+        spec = oci.joined(spec, {kind: self._path(kind) for kind in shared})
         process = spec.get("process", {})
         env = process.get("env", [])
         if not any(variable.startswith("HOSTNAME=") for variable in env):
@@ -108,9 +108,13 @@ class Pod:
         return {
             **{key: value for key, value in spec.items() if key not in ("hostname", "domainname")},
             "process": {**process, "env": env},
-            "linux": {**linux_part, "namespaces": [*own, *joined]},
             "mounts": mounts,
         }
+
+    def _path(self, kind: str) -> str:
+        """Where the namespace is pinned."""
+        network = self.network if kind == "network" else None
+        return network.path if network is not None else f"{self.directory}/{kind}"
 
     def forget(self, container: Container) -> None:
         """It is gone."""
@@ -130,11 +134,12 @@ class Pod:
             for name, options in (("shm", SHM), ("etc", ETC)):
                 os.mkdir(f"{self.directory}/{name}")
                 linux.mount(name, f"{self.directory}/{name}", "tmpfs", linux.MS_NODEV, options)
-            names.write(self.etc, [self.hostname, self.name])
+            names.write(self.etc, [self.hostname, self.name], self.network.nameserver if self.network else "")
             if self.share_pid:
                 os.mkdir(f"{self.cgroup}/{FIRST}")
                 first = namespaces.hold(self.directory, f"{self.cgroup}/{FIRST}")
-            namespaces.pin(self.directory, self.kinds, self.hostname)
+            own = [kind for kind in self.kinds if kind != "network" or self.network is None]
+            namespaces.pin(self.directory, own, self.hostname)
         except OSError as error:
             raise StorageFailed(f"the pod {self.name} could not be made: {error}", errno=error.errno) from error
         cgroups.apply(self.cgroup, limits)
@@ -157,10 +162,11 @@ class Pod:
 class Pods:
     """All pods, and the handlers of `pod.*`."""
 
-    def __init__(self, loop: Loop, reaper: Reaper, log: Callable[[int, str], object]) -> None:
+    def __init__(self, loop: Loop, reaper: Reaper, log: Callable[[int, str], object], networks: Networks) -> None:
         self._loop = loop
         self._reaper = reaper
         self._log = log
+        self._networks = networks
         self._by_name: dict[str, Pod] = {}
 
     def handlers(self) -> dict[str, Handler]:
@@ -197,6 +203,8 @@ class Pods:
         if len(self._by_name) >= MAX_PODS:
             raise InvalidRequest(f"there are {MAX_PODS} pods", hint="delete some first")
         pod = Pod(name, hostname, arguments["share_pid"])
+        if arguments["network"]:
+            pod.network = self._networks.use(arguments["network"], f"p {name}")
         given_up: list[ByreError] = []
 
         def made(first: int | None, error: ByreError | None) -> None:
@@ -247,6 +255,7 @@ class Pods:
         def removed(_result: object, error: ByreError | None) -> None:
             if error is None:
                 self._by_name.pop(pod.name, None)
+                self._networks.release(f"p {pod.name}")
             else:
                 pod.state = "failed"
             done(error)

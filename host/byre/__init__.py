@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .files import Files
     from .local import LocalHost
     from .mounts import HostDirectory, Volume
+    from .networks.network import Network
     from .parameters import (
         AddDisk,
         AddMount,
@@ -60,6 +61,7 @@ _MODULES = {
     "GuestProcess": "process",
     "HostDirectory": "mounts",
     "LocalHost": "local",
+    "Network": "networks.network",
     "PIPE": "run",
     "Pod": "pod",
     "Pool": "pool",
@@ -109,6 +111,7 @@ __all__ = [
     "GuestProcess",
     "HostDirectory",
     "LocalHost",
+    "Network",
     "Pod",
     "Pool",
     "PoolStats",

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .container import GuestContainer, InitStreams
 from .container_mounts import attach, shared, unshare
-from .errors import ContainerNotFound, InvalidRequest
+from .errors import ByreError, ContainerNotFound, InvalidRequest
 from .machines.spawn import stoppable
 from .parameters import Resources, check_size
 
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from .container_disks import ContainerDisks
     from .disks import Layers
     from .mounts import Mount
+    from .networks.registry import Networks
     from .oci.files import Lease
     from .oci.image import ImageConfig
     from .oci.pull import PullProgress
@@ -41,6 +42,9 @@ _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 
 #: Deadline of `container.create` in seconds: overlay, cgroup and the user's lookup, on a loaded guest.
 CREATE_TIMEOUT = 120.0
+
+#: What a container or a pod may have for a network.
+NETS = ("none", "user")
 
 #: What a container's writable layer may lie on.
 SCRATCHES = ("tmpfs", "disk")
@@ -56,6 +60,7 @@ class ContainerOptions:
     cwd, user       working directory; ``uid``, ``uid:gid``, ``name`` or ``name:group`` of the image's own files
     hostname        None: the container's id; in a pod the pod's
     pod             the pod in which it is, "": none (`UtilityVM.create_pod`)
+    net             "none", its loopback alone, or "user": a way out (`UtilityVM.open_network`); in a pod the pod's
     terminal, width, height   of its init process
     stdin           whether its init process has one, when it is asked for (B20)
     resources       limits (B28)
@@ -83,6 +88,7 @@ class ContainerOptions:
     user: str = ""
     hostname: str | None = None
     pod: str = ""
+    net: str = "none"
     terminal: bool = False
     width: int = 80
     height: int = 24
@@ -110,6 +116,9 @@ class ContainerOptions:
             raise InvalidRequest("args and entrypoint are sequences of strings")
         if self.pod and self.hostname is not None:
             raise InvalidRequest("the host name of a container in a pod is the pod's", hint="leave hostname out")
+        check_net(self.net)
+        if self.pod and self.net != "none":
+            raise InvalidRequest("the network of a container in a pod is the pod's", hint="create_pod has net, too")
         if self.scratch_bytes < 0:
             raise InvalidRequest(f"scratch_bytes must not be below 0; not {self.scratch_bytes}")
         if self.scratch not in SCRATCHES:
@@ -124,6 +133,7 @@ class VM(NamedTuple):
     layers: Layers
     disks: ContainerDisks
     shares: Shares
+    networks: Networks
 
 
 class _Root(NamedTuple):
@@ -142,6 +152,7 @@ async def create(vm: VM, container_id: str, image: str, rootfs: str, options: Co
         root = await (_shared_root(vm, rootfs, undo) if rootfs else _image_root(vm, image, options, undo))
         mounts, shares = await shared(vm, options.mounts, undo)
         request = {**_request(container_id, root.config, options, mounts), **root.request, "shares": shares}
+        request["network"] = await way_out(vm.bridge, vm.networks, options.net, undo)
         undo.push_async_callback(lambda: vm.bridge.finish(vm.disks.drop(request["lease"])))
         await attach(vm.disks, request, options)
         container = await _create(vm, root.paths, request, options)
@@ -154,6 +165,27 @@ def check_id(name: str, what: str) -> None:
     """Whether a container or a pod can be called this.  Raises `InvalidRequest`."""
     if not _ID.fullmatch(name):
         raise InvalidRequest(f"{name!r} cannot name {what}", hint="letters, digits, _ . and -; 64 at most")
+
+
+def check_net(net: str) -> None:
+    """Whether there is such a kind of network.  Raises `InvalidRequest`."""
+    if net not in NETS:
+        raise InvalidRequest(f"unknown net {net!r}", hint=f"one of {', '.join(NETS)}")
+
+
+async def way_out(bridge: Bridge, networks: Networks, net: str, undo: contextlib.AsyncExitStack) -> str:
+    """The agent's name of a new network for what is about to be made, "" where it is to have none."""
+    check_net(net)
+    if net == "none":
+        return ""
+    network = await networks.open(own=False)
+
+    async def close() -> None:
+        with contextlib.suppress(ByreError):  # the error that led to it is the one to tell
+            await bridge.finish(network.close())
+
+    undo.push_async_callback(close)
+    return network.name
 
 
 async def _image_root(vm: VM, image: str, options: ContainerOptions, undo: contextlib.AsyncExitStack) -> _Root:

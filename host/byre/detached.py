@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from .calls import Result
     from .container_disks import ContainerDisks
     from .events import Event
+    from .networks.registry import Networks
     from .ports.registry import Ports
     from .shares.registry import Shares
 
@@ -286,6 +287,11 @@ class KeeperClient(Owner):
         from .shares.registry import KeeperShares
 
         return KeeperShares(bridge)
+
+    def networks(self, bridge: Bridge) -> Networks:
+        from .networks.registry import KeeperNetworks
+
+        return KeeperNetworks(bridge)
 
     def events(self, bridge: Bridge) -> Events:
         return KeeperJournal(bridge, lambda: self._reason)

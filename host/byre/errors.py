@@ -160,6 +160,12 @@ class ShareFailed(ByreError, OSError):
     code = "share-failed"
 
 
+class NetworkFailed(ByreError, OSError):
+    """There is no way out for a VM or a container: the program that makes one did not start."""
+
+    code = "network-failed"
+
+
 class ShareLost(ByreError, OSError):
     """The server of a shared directory has ended: whatever is asked of the share fails with EIO."""
 

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from .container_disks import ContainerDisks
     from .journal import Events
     from .machines.balloon import Reclaimed
+    from .networks.network import Network
     from .owner import DiskPlace
     from .ports.address import Address
     from .ports.registry import PublishedPort
@@ -78,6 +79,7 @@ class Kept(Protocol):
     async def publish(self, host: str, guest: str, *, container: str) -> Address: ...
     async def unpublish(self, host: str) -> None: ...
     async def published(self) -> list[PublishedPort]: ...
+    async def open_network(self, *, own: bool) -> Network: ...
     async def share(self, directory: str, *, read_only: bool, cache: str) -> Share: ...
     async def shutdown(self, timeout: float) -> None: ...
     async def wait(self) -> str: ...
@@ -226,6 +228,7 @@ class Methods:
             "vm.unpublish": self._unpublish,
             "vm.ports": self._ports,
             "vm.share": self._share,
+            "vm.network": self._network,
             "vm.shutdown": self._shutdown,
         }
 
@@ -286,6 +289,9 @@ class Methods:
     async def _share(self, arguments: Arguments) -> Arguments:
         share = await self._kept.share(**arguments)
         return {"share": share.name, "path": share.path}
+
+    async def _network(self, arguments: Arguments) -> Arguments:
+        return {"network": (await self._kept.open_network(**arguments)).name}
 
     async def _shutdown(self, arguments: Arguments) -> Arguments:
         self._ending("the VM was shut down")

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from .machines.balloon import Reclaimed
     from .machines.base import Machine
     from .machines.disks import Disk
+    from .networks.registry import Networks
     from .ports.registry import Ports
     from .shares.registry import Shares
 
@@ -105,6 +106,10 @@ class Owner(abc.ABC):
     @abc.abstractmethod
     def shares(self, bridge: Bridge) -> Shares:
         """The directories of this host that the VM has."""
+
+    @abc.abstractmethod
+    def networks(self, bridge: Bridge) -> Networks:
+        """The ways out that the VM has."""
 
     @abc.abstractmethod
     def events(self, bridge: Bridge) -> Events:
@@ -201,6 +206,11 @@ class MachineOwner(Owner):
         from .shares.registry import HeldShares
 
         return HeldShares(bridge)
+
+    def networks(self, bridge: Bridge) -> Networks:
+        from .networks.registry import HeldNetworks
+
+        return HeldNetworks(bridge)
 
     def events(self, bridge: Bridge) -> Events:
         self._journal.listen(bridge)

@@ -85,7 +85,9 @@ class Pod:
         return f"<Pod {self.name!r} of {self._vm!r}>"
 
 
-async def create(vm: UtilityVM, name: str, hostname: str, resources: Resources | None, share_pid: bool) -> Pod:
+async def create(
+    vm: UtilityVM, name: str, hostname: str, resources: Resources | None, share_pid: bool, network: str
+) -> Pod:
     """See `UtilityVM.create_pod`."""
     name = name or secrets.token_hex(6)
     check_id(name, "a pod")
@@ -103,5 +105,6 @@ async def create(vm: UtilityVM, name: str, hostname: str, resources: Resources |
         hostname=hostname,
         share_pid=share_pid,
         resources=limits,
+        network=network,
     )
     return Pod(vm, name)

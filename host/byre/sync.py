@@ -24,6 +24,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Self, TypeVar
 
 from . import cow, file_operation, file_streams, files, health, journal, local, pod, pool, snapshots, vm
+from .networks import network
 from .ports import connection, forward
 from .shares import share
 
@@ -289,6 +290,10 @@ class Share(Facade):
     """A `byre.Share`."""
 
 
+class Network(Facade):
+    """A `byre.Network`."""
+
+
 class EventReader(Facade):
     """What `UtilityVM.events` gives; iterating gives every event."""
 
@@ -432,6 +437,7 @@ _FACADES: tuple[tuple[type, type[Facade]], ...] = (
     (connection.Connection, Connection),
     (snapshots.Snapshot, Snapshot),
     (share.Share, Share),
+    (network.Network, Network),
     (journal.EventReader, EventReader),
 )
 

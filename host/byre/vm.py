@@ -50,6 +50,8 @@ if TYPE_CHECKING:
     from .machines.balloon import Reclaimed
     from .machines.base import Machine
     from .machines.config import MachineConfig
+    from .networks.network import Network
+    from .networks.registry import Networks
     from .owner import DiskPlace, Owner
     from .parameters import Resources
     from .pod import Pod
@@ -115,6 +117,7 @@ class UtilityVM(GuestProcessHost):
         self.container_disks: ContainerDisks
         self._ports: Ports
         self._shares: Shares
+        self._networks: Networks
         self._ending: asyncio.Task[None] | None = None
         self.health: Health
         self.journal: Events  # what `events` reads
@@ -201,6 +204,7 @@ class UtilityVM(GuestProcessHost):
         self.container_disks = owner.container_disks(bridge, self.name or owner.id)
         self._ports = owner.ports(bridge)
         self._shares = owner.shares(bridge)
+        self._networks = owner.networks(bridge)
         self.journal = owner.events(bridge)
         self.health = Health(owner, bridge)
         self.health.start()
@@ -284,7 +288,7 @@ class UtilityVM(GuestProcessHost):
         """
         if bool(image) == bool(rootfs):
             raise InvalidRequest("exactly one of image and rootfs is needed")
-        vm = creation.VM(self.bridge, self._layers, self.container_disks, self._shares)
+        vm = creation.VM(self.bridge, self._layers, self.container_disks, self._shares, self._networks)
         root = host_path(rootfs) if rootfs else ""
         container = await creation.create(vm, id, image, root, ContainerOptions(**options))
         container.changes.lend(self._layers, self._ports)
@@ -325,13 +329,19 @@ class UtilityVM(GuestProcessHost):
         hostname: str = "",
         resources: Resources | None = None,
         share_pid: bool = False,
+        net: str = "none",
     ) -> Pod:
         """A pod for containers of this VM: they share network, IPC and host name (`name` without `hostname`), and,
         with `share_pid`, the processes that they see and signal.
 
-        `resources` are the limits of all together; each container's own hold beneath them.  Raises `PodExists`.
+        `resources` are the limits of all together; each container's own hold beneath them.  `net` is "none", or
+        "user": a way out (see `open_network`).  Raises `PodExists`.
         """
-        return await pod.create(self, name, hostname, resources, share_pid)
+        async with contextlib.AsyncExitStack() as undo:
+            network = await creation.way_out(self.bridge, self._networks, net, undo)
+            made = await pod.create(self, name, hostname, resources, share_pid, network)
+            undo.pop_all()
+        return made
 
     async def pods(self) -> list[dict[str, Any]]:
         """What the agent knows of each pod of this VM."""
@@ -382,6 +392,19 @@ class UtilityVM(GuestProcessHost):
         if self.bridge.lost is not None:
             raise self.bridge.lost
         return await self._shares.share(host_path(directory), read_only, cache)
+
+    async def open_network(self, *, own: bool = True) -> Network:
+        """Give the processes of the VM itself a way out, while they run: a card, `eth0`, with this host behind it.
+
+        They reach what this host reaches, by TCP, UDP and ping over IPv4, and the name server that it has; but no
+        address of this host itself (`expose` gives a service of it), and nobody reaches them (`forward` does).
+        Containers and pods have networks of their own, which `net="user"` at their making gives a way out.  It goes
+        on until it is closed; for a detached VM its keeper holds it.  `own=False` is for one that a container is to
+        be made with.
+
+        Raises `ToolMissing` (slirp4netns), `NetworkFailed`, `InvalidRequest` when the VM has one already.
+        """
+        return await self._networks.open(own=own)
 
     # -- the machine ---------------------------------------------------------------------------------------
 
@@ -444,6 +467,11 @@ class UtilityVM(GuestProcessHost):
                 f"the VM has directories of this host, which its clones could not have: {', '.join(shared)}",
                 hint="close the share, or delete the container that has it",
                 directories=shared,
+            )
+        if self._networks.count:
+            raise NotSupported(
+                f"the VM has {self._networks.count} networks, whose other end its clones could not have",
+                hint="close the network, or delete the container or pod that has it",
             )
         async with self._saving:
             if self.health.state == PAUSED:

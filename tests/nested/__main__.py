@@ -8,13 +8,11 @@ that belong to the virtio-serial VM, less the exclusions, are those that passed 
 from __future__ import annotations
 
 import asyncio
-import io
 import json
 import os
 import shutil
 import subprocess
 import sys
-import tarfile
 import tempfile
 import time
 from pathlib import Path
@@ -131,11 +129,10 @@ async def watch(vm: Any, process: Any) -> int:
 
 async def fetch_results(container: Any) -> Tests:
     """Keep what the inner run recorded (behaviours, consoles) beside the host's own; how each test ended."""
-    script = 'mkdir -p "$1" && tar -C "$1" -cf - .'
-    packed = await container.run(["sh", "-c", script, "sh", outer.RESULTS], capture_output=True, timeout=120)
     shutil.rmtree(RESULTS / "nested", ignore_errors=True)
-    with tarfile.open(fileobj=io.BytesIO(packed.stdout)) as tar:
-        tar.extractall(RESULTS / "nested", filter="data")
+    await container.run(["mkdir", "-p", outer.RESULTS], check=True, timeout=60)
+    RESULTS.mkdir(exist_ok=True)
+    await container.files.copy_out(outer.RESULTS, RESULTS / "nested")
     behaviours = RESULTS / "nested" / "behaviours-kvm.json"
     if behaviours.exists():  # not where no test ran
         behaviours.replace(RESULTS / behaviours.name)

@@ -13,7 +13,7 @@ SUITE = "bookworm"
 #: What byre needs of a host, as the Makefile has it.
 PACKAGES = (
     *("python3", "qemu-system-x86", "squashfs-tools-ng", "golang-github-containers-common"),
-    *("util-linux", "kmod", "zstd", "e2fsprogs", "diod"),
+    *("util-linux", "kmod", "zstd", "e2fsprogs", "diod", "slirp4netns", "iproute2"),
 )
 #: Seconds for the packages to be fetched and unpacked.
 TIMEOUT = 1800

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from byre_guest import names
+from byre_guest.networks import Network
 from byre_guest.pods import Pod
 
 SPEC: dict[str, Any] = {
@@ -34,6 +35,14 @@ def test_a_spec_joins_what_is_shared(share_pid: bool) -> None:
     assert SPEC["process"]["env"] == ["A=1"], "the caller's stays as it is"
 
 
+def test_a_network_that_leads_out_is_the_one_that_is_joined() -> None:
+    pod = Pod("shop", "host", False)
+    pod.network = Network("7", False, "10.0.2.3")
+    joined = pod.spec(SPEC)["linux"]["namespaces"]
+    assert {"type": "network", "path": "/run/byre/n/7/network"} in joined
+    assert [kind["type"] for kind in joined].count("network") == 1
+
+
 def test_what_a_container_mounts_or_sets_itself_stays() -> None:
     mine = {"destination": "/dev/shm", "type": "bind", "source": "/mine"}
     spec = {**SPEC, "mounts": [mine], "process": {"args": ["sh"], "env": ["HOSTNAME=x"]}}
@@ -44,7 +53,7 @@ def test_what_a_container_mounts_or_sets_itself_stays() -> None:
 
 def test_names(tmp_path: Path) -> None:
     etc = tmp_path / "etc"
-    names.write(str(etc), ["web", "web"])
+    names.write(str(etc), ["web", "web"], "")
     names.add(str(etc), "db")
     names.add(str(etc), "db")
     lines = [line.split() for line in (etc / "hosts").read_text().splitlines()]

@@ -40,7 +40,7 @@ print(subprocess.call(["mount", "-t", "tmpfs", "none", "/"], stderr=subprocess.D
 def running(*argv: str) -> Iterator[tuple[int, Callable[[], bytes]]]:
     """Its process id, once it has written something; and what gives all that it has written when it has ended."""
     reader, writer = os.pipe()
-    process = OwnedProcess(argv, output=lambda data: os.write(writer, data) and None, apart=True)
+    process = OwnedProcess(argv, output=lambda data: os.write(writer, data) and None, apart=namespaces.MACHINE)
     process.start()
     said = bytearray(os.read(reader, 4096))
 

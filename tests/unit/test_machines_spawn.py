@@ -158,11 +158,17 @@ def run_without_threads(main: Callable[[], Coroutine[None, None, None]]) -> None
             thread.join(PATIENCE)
 
 
+kinds_of_apart = pytest.mark.parametrize(
+    "apart", ["", *(pytest.param(kind, marks=needs_user_namespaces) for kind in ("MACHINE", "PROXY"))]
+)
+
 OWNER = """
 import os, sys, threading
+from byre.machines import namespaces
 from byre.machines.spawn import OwnedProcess
 command = ["sh", "-c", "echo $$; exec sleep 1000"]
-process = OwnedProcess(command, output=lambda data: os.write(1, data), apart=bool(sys.argv[1:]))
+apart = getattr(namespaces, sys.argv[1]) if sys.argv[1:] else None
+process = OwnedProcess(command, output=lambda data: os.write(1, data), apart=apart)
 starter = threading.Thread(target=process.start)
 starter.start()
 starter.join()
@@ -171,10 +177,10 @@ sys.stdin.read()
 
 
 @pytest.mark.behaviour("B43")
-@pytest.mark.parametrize("apart", [False, pytest.param(True, marks=needs_user_namespaces)])
-def test_it_survives_the_thread_that_asked_and_not_the_owner(apart: bool) -> None:
+@kinds_of_apart
+def test_it_survives_the_thread_that_asked_and_not_the_owner(apart: str) -> None:
     owner = subprocess.Popen(
-        [sys.executable, "-c", OWNER, *(["apart"] if apart else [])],
+        [sys.executable, "-c", OWNER, *filter(None, [apart])],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
@@ -192,13 +198,14 @@ def test_it_survives_the_thread_that_asked_and_not_the_owner(apart: bool) -> Non
 
 
 @pytest.mark.behaviour("B43")
-@pytest.mark.parametrize("apart", [False, pytest.param(True, marks=needs_user_namespaces)])
-def test_born_after_its_owners_death_it_does_not_run(tmp_path: Path, apart: bool) -> None:
+@kinds_of_apart
+def test_born_after_its_owners_death_it_does_not_run(tmp_path: Path, apart: str) -> None:
     """The race between fork and the parent-death signal: the owner's id is not the parent's any more."""
+    from byre.machines import namespaces
     from byre.machines.spawn import owned
 
     mark = tmp_path / "ran"
-    command = owned(["touch", str(mark)], apart=apart)
+    command = owned(["touch", str(mark)], apart=getattr(namespaces, apart) if apart else None)
     orphan = [word if word != str(os.getpid()) else "1" for word in command]
     assert subprocess.run(orphan).returncode != 0
     assert not mark.exists()

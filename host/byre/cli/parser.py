@@ -179,6 +179,7 @@ def _run(parser: Parser) -> None:
     )
     add("--in", dest="vm_name", metavar="VM", default="", help="run in this VM, which is up")
     add("--pod", metavar="NAME", default="", help="in this pod of the VM that is up (byre pod create)")
+    _net(parser)
     add("--fresh", action="store_true", help="a VM for this command alone even while another one is up")
     parser.add_argument("--timings", action="store_true", help="say on stderr where the time went")
     _template_mode(parser)
@@ -256,6 +257,7 @@ def _up(parser: Parser) -> None:
     )
     add("--timeout", type=_positive_float, metavar="SECONDS", help="time to boot; by default what this host needs")
     _publish(parser)
+    _net(parser)
     _template_mode(parser)
 
 
@@ -269,6 +271,15 @@ def _publish(parser: Parser) -> None:
         metavar="[IP:]HOST:GUEST[/tcp]",
         help="connect a port of this host to one inside; only from this host (IP is 127.0.0.1) unless IP says "
         "otherwise, as 0.0.0.0; HOST 0 is a free one, and is printed",
+    )
+
+
+def _net(parser: Parser) -> None:
+    parser.add_argument(
+        "--net",
+        choices=("none", "user"),
+        default="none",
+        help="user: a way out to what this host reaches, but for this host itself (%(default)s)",
     )
 
 
@@ -335,6 +346,7 @@ def _pod(parser: Parser) -> None:
     create.add_argument("name", nargs="?", default="", metavar="NAME", help="a random one without it")
     create.add_argument("--hostname", default="", metavar="NAME", help="host name inside; the pod's without it")
     create.add_argument("--share-pid", action="store_true", help="its containers see and signal each other")
+    _net(create)
     create.add_argument("-m", "--memory", type=size, metavar="BYTES", help="limit of all together, as 512m or 2g")
     create.add_argument("--cpus", type=_positive_float, metavar="N", help="processors' worth of time, all together")
     create.add_argument("--pids-limit", type=int, metavar="N", help="most processes and threads, all together")
@@ -480,6 +492,8 @@ def _check_run(arguments: argparse.Namespace) -> None:
     error = arguments.parser.error
     if arguments.fresh and (arguments.vm_name or arguments.detach or arguments.pod):
         error("--fresh takes a VM of its own: not with --in, -d or --pod")
+    if arguments.pod and arguments.net != "none":
+        error("the network is the pod's: not with --net (byre pod create --net)")
     if arguments.pod and arguments.hostname:
         error("the host name is the pod's: not with --hostname")
     if arguments.detach and (arguments.interactive or arguments.tty):

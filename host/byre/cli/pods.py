@@ -22,7 +22,11 @@ async def _create(arguments: argparse.Namespace) -> int:
     limits = Resources(memory_bytes=arguments.memory, cpus=arguments.cpus, pids=arguments.pids_limit)
     async with await UtilityVM.attach(arguments.vm_name) as vm:
         pod = await vm.create_pod(
-            arguments.name, hostname=arguments.hostname, resources=limits, share_pid=arguments.share_pid
+            arguments.name,
+            hostname=arguments.hostname,
+            resources=limits,
+            share_pid=arguments.share_pid,
+            net=arguments.net,
         )
     print(pod.name)
     return 0

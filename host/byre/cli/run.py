@@ -53,7 +53,8 @@ async def _foreground(arguments: argparse.Namespace, signals: foreground.Signals
     async with vm_of(arguments) as (vm, own):
         if not arguments.vm:
             return await _container(arguments, signals, vm, own)
-        async with _forwards(vm, arguments):
+        network = await vm.open_network() if arguments.net == "user" else contextlib.nullcontext()
+        async with network, _forwards(vm, arguments):
             with span("exec"):
                 process = await vm.start_process(parameters(arguments, arguments.command_line))
             try:
@@ -170,5 +171,6 @@ async def _create(arguments: argparse.Namespace, vm: UtilityVM, pull: str, shown
         mounts=arguments.volume,
         hostname=arguments.hostname,
         pod=arguments.pod,
+        net=arguments.net,
         **options,
     )

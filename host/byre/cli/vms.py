@@ -45,8 +45,8 @@ async def _up(arguments: argparse.Namespace) -> int:
         options["boot_timeout"] = arguments.timeout
     begin = time.monotonic()
     await bring_up(arguments.name, options)
-    if arguments.publish:
-        await _publish(arguments)
+    if arguments.publish or arguments.net != "none":
+        await _give(arguments)
     if talkative(arguments):
         machine = rundir.find(arguments.name).info().get("machine", {})
         for name in _OPTIONS:
@@ -56,14 +56,16 @@ async def _up(arguments: argparse.Namespace) -> int:
     return 0
 
 
-async def _publish(arguments: argparse.Namespace) -> None:
-    """A VM without the ports that were asked for is not what was asked for."""
+async def _give(arguments: argparse.Namespace) -> None:
+    """A VM without the network or the ports that were asked for is not what was asked for."""
     from byre.vm import UtilityVM
 
     from .ports import publish
 
     try:
         async with await UtilityVM.attach(arguments.name) as vm:
+            if arguments.net == "user":
+                await vm.open_network()
             await publish(vm, arguments)
     except BaseException:
         await asyncio.shield(detached.end(arguments.name))

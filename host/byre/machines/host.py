@@ -20,6 +20,7 @@ from byre.machines.clock import tsc_khz
 from byre.machines.command_line import QEMU, choose_machine
 from byre.machines.config import MachineConfig
 from byre.machines.qemu import OLDEST_QEMU, TOOLS
+from byre.networks.slirp import SLIRP
 from byre.shares.server import DIOD
 from byre.transports.choice import choose_transport
 from byre.transports.vsock import Vsock
@@ -60,7 +61,7 @@ def describe_host() -> HostReport:
         (
             *(*_tools(), _accelerator(), _machine(), *_transports()),
             *(_namespaces(), _sandbox(), _user(), _memory()),
-            *(_skopeo(), _diod(), *_builder_tools()),
+            *(_skopeo(), _diod(), _slirp(), *_builder_tools()),
         )
     )
 
@@ -172,6 +173,13 @@ def _diod() -> HostFact:
     return HostFact(
         DIOD, True, path or "not installed", "" if path else "apt install diod, to share directories (-v)"
     )
+
+
+def _slirp() -> HostFact:
+    """Not fatal: most VMs have no network."""
+    path = shutil.which(SLIRP)
+    hint = "" if path else f"apt install {SLIRP}, for networks that lead out (--net user)"
+    return HostFact(SLIRP, True, path or "not installed", hint)
 
 
 def _builder_tools() -> list[HostFact]:

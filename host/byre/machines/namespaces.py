@@ -1,8 +1,9 @@
-"""Namespaces of its own for an emulator: what of this host a program in it cannot reach, though it runs as its
-user.
+"""Namespaces of its own for a program that what a guest says may break out of: an emulator (`MACHINE`), or what
+stands between a guest and this host's networks (`PROXY`).  What of this host such a program cannot reach, though it
+runs as its user:
 
     users      no capability that counts anywhere, root's included; no process of this user's can be traced
-    network    a loopback of its own: neither this host's networks nor its abstract sockets
+    network    a loopback of its own: neither this host's networks nor its abstract sockets (not a proxy's)
     IPC, UTS   no shared memory, semaphore or message queue of this host's
 
 util-linux makes them, in 2 ms; the program that is started stays one process, with the id that was spawned.  Not
@@ -18,14 +19,28 @@ from __future__ import annotations
 import functools
 import shutil
 import subprocess
+from typing import NamedTuple
 
 from byre_proto.errors import printable
 
-#: Before a command; one user inside, root, is the one who asks.
-APART = ("unshare", "--user", "--map-root-user", "--net", "--ipc", "--uts", "--")
 
-#: setpriv's: of the capabilities that the first process of a user namespace has there, none is left.
-POWERLESS = ("--no-new-privs", "--bounding-set=-all", "--inh-caps=-all")
+class Apart(NamedTuple):
+    """How a program is set apart."""
+
+    #: The command before setpriv; one user inside, root, is the one who asks.
+    before: tuple[str, ...]
+    #: setpriv's options.
+    powers: tuple[str, ...]
+
+
+#: Of the capabilities that the first process of a user namespace has there, none is left.
+MACHINE = Apart(
+    ("unshare", "--user", "--map-root-user", "--net", "--ipc", "--uts", "--"),
+    ("--no-new-privs", "--bounding-set=-all", "--inh-caps=-all"),
+)
+
+#: It has them, there, to shut itself in a root of its own, and drops them then.
+PROXY = Apart(("unshare", "--user", "--map-root-user", "--ipc", "--uts", "--"), ("--no-new-privs",))
 
 #: What refuses user namespaces, and where it says so.
 HINT = (
@@ -40,7 +55,7 @@ _TIMEOUT = 10.0
 
 def problem() -> str | None:
     """Why a machine cannot have namespaces of its own here; None if it can.  Blocks for some ms, once."""
-    for tool in (APART[0], "setpriv"):
+    for tool in (MACHINE.before[0], "setpriv"):
         if shutil.which(tool) is None:
             return f"{tool} is not installed"
     return _refusal()
@@ -48,7 +63,7 @@ def problem() -> str | None:
 
 @functools.cache
 def _refusal() -> str | None:
-    command = [*APART, "setpriv", *POWERLESS, "--", "true"]
+    command = [*MACHINE.before, "setpriv", *MACHINE.powers, "--", "true"]
     try:
         done = subprocess.run(command, check=False, stdin=subprocess.DEVNULL, capture_output=True, timeout=_TIMEOUT)
     except (OSError, subprocess.TimeoutExpired) as error:

@@ -127,7 +127,7 @@ class QemuMachine(Machine):
         with span("choices"):
             choices, transport = await self._choose(rough_tsc_khz if self._config.saved else tsc_khz)
         with span("QEMU"):
-            qmp, state_fd = self._spawn(choices, transport, apart=refused is None)
+            qmp, state_fd = self._spawn(choices, transport, None if refused else namespaces.MACHINE)
             self._reaper = asyncio.create_task(self._reap(), name=f"machine {self.id}")
             await self._qmp.connect(qmp)
         found, oldest = (".".join(map(str, v)) for v in (self._qmp.version, OLDEST_QEMU))
@@ -167,7 +167,9 @@ class QemuMachine(Machine):
             logger.info("= vm %s %s %s", self.id, what, why)
         return choices, transport
 
-    def _spawn(self, choices: Choices, transport: Transport, *, apart: bool) -> tuple[socket.socket, int | None]:
+    def _spawn(
+        self, choices: Choices, transport: Transport, apart: namespaces.Apart | None
+    ) -> tuple[socket.socket, int | None]:
         """Spawn QEMU; the host's end of its QMP socket, and the number that the state's file has in QEMU, if any.
 
         `apart`: in namespaces of its own.  Never suspends, so nothing is half done.

@@ -21,10 +21,10 @@ import subprocess
 import threading
 from typing import TYPE_CHECKING, TypeVar
 
-from byre.machines.namespaces import APART, POWERLESS
-
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
+
+    from byre.machines.namespaces import Apart
 
 logger = logging.getLogger(__name__)
 
@@ -38,13 +38,13 @@ _LAST_READS = 64
 _ALIVE_OWNER = 'test "$PPID" = "$0" && exec "$@"'
 
 
-def owned(argv: Sequence[str], *, apart: bool = False) -> list[str]:
+def owned(argv: Sequence[str], *, apart: Apart | None = None) -> list[str]:
     """`argv`, to be spawned by a thread that outlives it, made to die with this process.
 
-    `apart`: in namespaces of its own and without capabilities (`namespaces`).  The signal is set after those have
-    been made, for a change of credentials may clear it.
+    `apart`: in namespaces of its own (`namespaces`).  The signal is set after those have been made, for a change of
+    credentials may clear it.
     """
-    before, powers = (APART, POWERLESS) if apart else ((), ())
+    before, powers = apart or ((), ())
     alive = ("--", "sh", "-c", _ALIVE_OWNER, str(os.getpid()))
     return [*before, "setpriv", *powers, "--pdeathsig", "KILL", *alive, *argv]
 
@@ -107,7 +107,7 @@ class OwnedProcess:
         output: Callable[[bytes], None],
         sinks: Mapping[int, Callable[[bytes], None]] | None = None,
         handed: Sequence[int] = (),
-        apart: bool = False,
+        apart: Apart | None = None,
     ) -> None:
         self._argv = owned(argv, apart=apart)
         self._output = output

@@ -1,0 +1,131 @@
+"""`Slirp`: slirp4netns, in a process of its own, with one end of a cable.
+
+It takes Ethernet frames from a socket and speaks TCP, UDP and ping for their sender, from this host; it answers for
+a gateway and a name server.  It sees nothing of the VM, shuts itself in an empty root and under a seccomp filter,
+and where this host permits user namespaces it has one of its own, without a right of its user's.
+
+Rule: what it gets is the guest's, less what `filter` keeps back.  It dies with this process (`machines.spawn`), and
+is killed, not asked.  Source: slirp4netns(1).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import socket
+import tempfile
+
+from byre.errors import NetworkFailed, ToolMissing
+from byre.machines import namespaces
+from byre.machines.spawn import OwnedProcess, in_thread
+
+#: The program.
+SLIRP = "slirp4netns"
+
+#: For it to be there, in seconds: a fiftieth of one when all is well; and between two looks.
+START_TIMEOUT = 30.0
+PAUSE = 0.005
+
+#: Of what it says, in bytes.
+MAX_WORDS = 1024
+
+
+class Slirp:
+    """See the module.  `sock` is the other end of its cable, a frame to each message; it is the caller's."""
+
+    def __init__(self, mtu: int) -> None:
+        """`mtu` in bytes.  Raises `ToolMissing`."""
+        program = found()
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.sock.setblocking(False)
+        self.killed = False  # by us
+        self._words = b""
+        self._directory = tempfile.mkdtemp(prefix="byre-net-")
+        self._path = f"{self._directory}/cable"
+        apart = None if namespaces.problem() else namespaces.PROXY
+        self._process = OwnedProcess(
+            [
+                *(program, "--target-type=bess", f"--mtu={mtu}", "--disable-host-loopback"),
+                *(["--enable-sandbox"] if apart or os.geteuid() == 0 else []),
+                *("--enable-seccomp", self._path),
+            ],
+            output=self._said,
+            apart=apart,
+        )
+
+    async def start(self) -> None:
+        """Raises `NetworkFailed`; after an error, or a cancellation, nothing is left of it."""
+        self._process.start()
+        try:
+            async with asyncio.timeout(START_TIMEOUT):
+                await self._connect()
+        except TimeoutError:
+            await self._give_up()
+            raise NetworkFailed(f"{SLIRP} did not start in {START_TIMEOUT:g} s{self._said_last()}") from None
+        except BaseException:
+            await self._give_up()
+            raise
+        finally:
+            shutil.rmtree(self._directory, ignore_errors=True)
+
+    async def _connect(self) -> None:
+        while True:
+            try:
+                self.sock.connect(self._path)
+            except (FileNotFoundError, ConnectionRefusedError):
+                pass
+            except OSError as error:
+                raise NetworkFailed(f"{SLIRP} cannot be reached: {error.strerror}") from error
+            else:
+                return
+            if self._process.exit.done():
+                raise NetworkFailed(f"{SLIRP} {await self.wait()}", hint="see: byre doctor")
+            await asyncio.sleep(PAUSE)
+
+    async def _give_up(self) -> None:
+        self.sock.close()
+        self.kill()
+        await self.wait()
+
+    def _said(self, data: bytes) -> None:
+        """In the watching thread."""
+        self._words = (self._words + data)[-MAX_WORDS:]
+
+    def _said_last(self) -> str:
+        words = self._words.decode(errors="replace").strip()
+        return f": {words}" if words else ""
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid or 0
+
+    def kill(self) -> None:
+        """Harmless when repeated."""
+        self.killed = True
+        self._process.kill()
+
+    async def wait(self) -> str:
+        """Wait for its end: how it ended, and its last words."""
+        try:
+            code = await asyncio.shield(asyncio.wrap_future(self._process.exit))
+        except OSError as error:
+            return str(error)
+        how = f"was killed by signal {-code}" if code < 0 else f"ended with status {code}"
+        return how + self._said_last()
+
+
+async def started(mtu: int) -> Slirp:
+    """One that runs.  Raises as `Slirp` and `Slirp.start`; looking at this host takes some ms, once."""
+    await in_thread(namespaces.problem)
+    slirp = Slirp(mtu)
+    await slirp.start()
+    return slirp
+
+
+def found() -> str:
+    """The program.  Raises `ToolMissing`."""
+    path = shutil.which(SLIRP)
+    if path is None:
+        raise ToolMissing(f"there is no {SLIRP} to reach a network with", hint=f"apt install {SLIRP}", tool=SLIRP)
+    return path
