@@ -7,8 +7,8 @@
 The host's side has the other end of the cable, and decides what passes; here are the addresses, as it says them.
 The one of the machine itself has no namespace: its card is in the machine's own.
 
-Rule: a network that a container or a pod was made with goes with it; any other by `network.close`.  Without a host
-at its cable it has no card, and leads nowhere.  What may block is in helper children.
+Rule: a network that a container or a pod was made with goes with it, any other by `network.close` or with the host
+at the other end of its cable.  Without one it has no card, and leads nowhere.  What may block is in helper children.
 Source: netdevice(7), rtentry in linux/include/uapi/linux/route.h.
 """
 
@@ -197,10 +197,12 @@ class Networks:
         call.reply({"network": network.name})
 
     def _unplugged(self, network: Network) -> None:
-        """The cable has ended, and with it the card."""
+        """The cable has ended, and with it the card.  What nobody was made with goes with it."""
         network.card = None
         if network.state in ("ready", "used"):
             self._server.logs.log(30, f"the network {network.name} has lost its host, and leads nowhere")
+        if network.state == "ready":
+            self._remove(network, None)
 
     # -- close ---------------------------------------------------------------------------------------------
 

@@ -226,6 +226,19 @@ async def test_without_its_slirp_a_container_goes_on_without_a_card(vm: Any, her
         assert (await where.run(["true"])).returncode == 0
 
 
+async def test_a_vm_whose_slirp_has_died_can_have_another(vm: Any, here: World) -> None:
+    async with await vm.open_network():
+        (pid,) = slirps()
+        os.kill(pid, signal.SIGKILL)
+        async with asyncio.timeout(SOON):
+            while True:
+                with contextlib.suppress(errors.InvalidRequest):  # the first one is still there
+                    async with await vm.open_network():
+                        assert json.loads(await output(vm, TRIES))["tcp"] == "you\n"
+                    break
+    await until_no_slirp()
+
+
 async def test_what_cannot_be_is_refused(vm: Any, here: World, busybox: str) -> None:
     with pytest.raises(errors.InvalidRequest, match="unknown net"):
         await vm.create_container(image=busybox, net="host")
