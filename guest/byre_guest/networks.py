@@ -8,7 +8,7 @@ The host's side has the other end of the cable, and decides what passes; here ar
 The one of the machine itself has no namespace: its card is in the machine's own.
 
 Rule: a network that a container or a pod was made with goes with it, any other by `network.close` or with the host
-at the other end of its cable.  Without one it has no card, and leads nowhere.  What may block is in helper children.
+at the other end of its cable.  Without a card it leads nowhere.  What may block is in helper children.
 Source: netdevice(7), rtentry in linux/include/uapi/linux/route.h.
 """
 
