@@ -88,7 +88,16 @@ class _Held:
 class HeldDisks(ContainerDisks):
     """See the module.  `vm` is the name that others see who want a volume that is held here."""
 
-    def __init__(self, machine: Machine, bridge: Bridge, vm: str, begun_with: Iterable[Scratch] = ()) -> None:
+    def __init__(
+        self,
+        machine: Machine,
+        bridge: Bridge,
+        vm: str,
+        note: Callable[[str, Path], None],
+        begun_with: Iterable[Scratch] = (),
+    ) -> None:
+        """`note("attached" or "detached", path)` tells those who follow what happens."""
+        self._note = note
         self._machine = machine
         self._bridge = bridge
         self._vm = vm
@@ -149,6 +158,7 @@ class HeldDisks(ContainerDisks):
             await self._bridge.finish(self._detach_quietly(disk))
             raise
         held.disk, held.name = disk, answer["layer"]
+        self._note("attached", held.path)
 
     async def _unmount(self, disk: Disk) -> None:
         await self._bridge.call("disk.unmount", target=disk.target, lun=disk.lun)
@@ -176,6 +186,7 @@ class HeldDisks(ContainerDisks):
             await self._unmount(disk)
             held.disk, held.name = None, ""
             await self._machine.detach_disk(disk)
+            self._note("detached", held.path)
         except ConnectionLost:
             pass  # the machine's end frees it
         except ByreError as error:

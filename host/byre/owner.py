@@ -155,7 +155,7 @@ class MachineOwner(Owner):
     async def attach_disk(self, path: Path) -> DiskPlace:
         disk = await self.machine.attach_disk(path, read_only=True)
         self._disks[disk.target, disk.lun] = disk
-        self.note(DiskEvent, action="attached", path=os.fspath(path))
+        self._note_disk("attached", path)
         return DiskPlace(path, disk.target, disk.lun)
 
     async def detach_disk(self, place: DiskPlace) -> None:
@@ -163,7 +163,7 @@ class MachineOwner(Owner):
         if disk is None:
             raise InvalidRequest(f"the disk {place.path} is not attached")
         await self.machine.detach_disk(disk)
-        self.note(DiskEvent, action="detached", path=os.fspath(place.path))
+        self._note_disk("detached", place.path)
 
     async def console(self, lines: int) -> str:
         return self.machine.console_tail(lines)
@@ -200,7 +200,7 @@ class MachineOwner(Owner):
     def container_disks(self, bridge: Bridge, name: str) -> ContainerDisks:
         from .container_disks import HeldDisks
 
-        return HeldDisks(self.machine, bridge, name, self._begun_with)
+        return HeldDisks(self.machine, bridge, name, self._note_disk, self._begun_with)
 
     def shares(self, bridge: Bridge) -> Shares:
         from .shares.registry import HeldShares
@@ -216,6 +216,9 @@ class MachineOwner(Owner):
         self._journal.listen(bridge)
         self.machine.on_disk_error = self._disk_failed
         return self._journal
+
+    def _note_disk(self, action: str, path: Path) -> None:
+        self.note(DiskEvent, action=action, path=os.fspath(path))
 
     def _disk_failed(self, path: str, reason: str) -> None:
         now = time.monotonic()

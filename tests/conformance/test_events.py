@@ -146,6 +146,20 @@ async def test_disks_and_pauses_are_told(vm: Any, busybox: str, tmp_path: Any) -
     assert found[0]["path"] == str(image)
 
 
+async def test_what_containers_write_to_is_told_when_it_comes_and_goes(vm: Any, busybox: str) -> None:
+    reader = vm.events()
+    async with await make(vm, busybox, id="writer", scratch="disk", scratch_bytes=64 * MIB) as container:
+        await container.start()
+    found: list[str] = []
+    async with asyncio.timeout(SOON):
+        async for event in reader:
+            if isinstance(event, events.DiskEvent) and event.path == "scratch of writer":
+                found.append(event.action)
+                if event.action == "detached":
+                    break
+    assert found == ["attached", "detached"]
+
+
 @pytest.mark.behaviour("B27")
 async def test_prometheus_reads_what_containers_use(vm: Any, busybox: str) -> None:
     registry = CollectorRegistry()
