@@ -38,7 +38,7 @@ def outside(tmp_path: Path) -> Path:
 @contextlib.asynccontextmanager
 async def serving(directory: Path, *, read_only: bool = False) -> AsyncIterator[tuple[server.Server, Client]]:
     diod = server.Server(str(directory), read_only)
-    await diod.start()
+    await diod.begin()
     try:
         with socket.socket(fileno=os.dup(diod.sock.fileno())) as sock:
             yield diod, await asyncio.to_thread(lambda: Client(sock))
@@ -180,7 +180,7 @@ async def test_a_server_that_is_killed_says_so(outside: Path) -> None:
 async def test_a_server_dies_with_its_owner(outside: Path) -> None:
     script = (
         "import asyncio, sys; from byre.shares.server import Server; s = Server(sys.argv[1], False)\n"
-        "async def main():\n    await s.start(); print(s.pid, flush=True); await asyncio.sleep(60)\n"
+        "async def main():\n    await s.begin(); print(s.pid, flush=True); await asyncio.sleep(60)\n"
         "asyncio.run(main())"
     )
     argv = [sys.executable, "-c", script, str(outside / "share")]
@@ -214,7 +214,7 @@ def test_what_cannot_be_shared_is_said(tmp_path: Path, monkeypatch: pytest.Monke
 async def test_without_user_namespaces_the_hint_says_what_to_do(outside: Path) -> None:
     script = (
         "import asyncio, sys; from byre import errors; from byre.shares.server import Server\n"
-        "try:\n    asyncio.run(Server(sys.argv[1], False).start())\n"
+        "try:\n    asyncio.run(Server(sys.argv[1], False).begin())\n"
         "except errors.ShareFailed as error:\n    print(error)"
     )
     forbid = 'echo 0 > /proc/sys/user/max_user_namespaces && exec "$@"'

@@ -17,8 +17,9 @@ import socket
 import tempfile
 
 from byre.errors import NetworkFailed, ToolMissing
+from byre.helper import Helper
 from byre.machines import namespaces
-from byre.machines.spawn import OwnedProcess, in_thread
+from byre.machines.spawn import in_thread
 
 #: The program.
 SLIRP = "slirp4netns"
@@ -27,42 +28,39 @@ SLIRP = "slirp4netns"
 START_TIMEOUT = 30.0
 PAUSE = 0.005
 
-#: Of what it says, in bytes.
-MAX_WORDS = 1024
 
-
-class Slirp:
+class Slirp(Helper):
     """See the module.  `sock` is the other end of its cable, a frame to each message; it is the caller's."""
 
     def __init__(self, mtu: int) -> None:
         """`mtu` in bytes.  Raises `ToolMissing`."""
         program = found()
-        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self.sock.setblocking(False)
-        self.killed = False  # by us
-        self._words = b""
         self._directory = tempfile.mkdtemp(prefix="byre-net-")
         self._path = f"{self._directory}/cable"
         apart = None if namespaces.problem() else namespaces.PROXY
-        self._process = OwnedProcess(
+        super().__init__(
             [
                 *(program, "--target-type=bess", f"--mtu={mtu}", "--disable-host-loopback"),
                 *(["--enable-sandbox"] if apart or os.geteuid() == 0 else []),
                 *("--enable-seccomp", self._path),
             ],
-            output=self._said,
             apart=apart,
         )
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.sock.setblocking(False)
 
-    async def start(self) -> None:
-        """Raises `NetworkFailed`; after an error, or a cancellation, nothing is left of it."""
-        self._process.start()
+    async def begin(self) -> None:
+        """Start it, and connect.
+
+        Raises `NetworkFailed`; after an error, or a cancellation, nothing is left of it.
+        """
+        self.start()
         try:
             async with asyncio.timeout(START_TIMEOUT):
                 await self._connect()
         except TimeoutError:
             await self._give_up()
-            raise NetworkFailed(f"{SLIRP} did not start in {START_TIMEOUT:g} s{self._said_last()}") from None
+            raise NetworkFailed(f"{SLIRP} did not start in {START_TIMEOUT:g} s{self.last_words}") from None
         except BaseException:
             await self._give_up()
             raise
@@ -79,7 +77,7 @@ class Slirp:
                 raise NetworkFailed(f"{SLIRP} cannot be reached: {error.strerror}") from error
             else:
                 return
-            if self._process.exit.done():
+            if self.ended:
                 raise NetworkFailed(f"{SLIRP} {await self.wait()}", hint="see: byre doctor")
             await asyncio.sleep(PAUSE)
 
@@ -88,38 +86,12 @@ class Slirp:
         self.kill()
         await self.wait()
 
-    def _said(self, data: bytes) -> None:
-        """In the watching thread."""
-        self._words = (self._words + data)[-MAX_WORDS:]
-
-    def _said_last(self) -> str:
-        words = self._words.decode(errors="replace").strip()
-        return f": {words}" if words else ""
-
-    @property
-    def pid(self) -> int:
-        return self._process.pid or 0
-
-    def kill(self) -> None:
-        """Harmless when repeated."""
-        self.killed = True
-        self._process.kill()
-
-    async def wait(self) -> str:
-        """Wait for its end: how it ended, and its last words."""
-        try:
-            code = await asyncio.shield(asyncio.wrap_future(self._process.exit))
-        except OSError as error:
-            return str(error)
-        how = f"was killed by signal {-code}" if code < 0 else f"ended with status {code}"
-        return how + self._said_last()
-
 
 async def started(mtu: int) -> Slirp:
-    """One that runs.  Raises as `Slirp` and `Slirp.start`; looking at this host takes some ms, once."""
+    """One that runs.  Raises as `Slirp` and its `begin`; looking at this host takes some ms, once."""
     await in_thread(namespaces.problem)
     slirp = Slirp(mtu)
-    await slirp.start()
+    await slirp.begin()
     return slirp
 
 

@@ -68,7 +68,7 @@ class HeldShares(Shares):
 
         await in_thread(lambda: server.check(directory))
         diod = server.Server(directory, read_only)
-        await diod.start()
+        await diod.begin()
         try:
             near = Local(*await asyncio.open_unix_connection(sock=diod.sock))
             far = Connection(self._bridge)

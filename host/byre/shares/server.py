@@ -24,8 +24,8 @@ from byre.errors import (
     ShareFailed,
     ToolMissing,
 )
+from byre.helper import Helper
 from byre.machines.namespaces import HINT
-from byre.machines.spawn import OwnedProcess
 
 #: The program.
 DIOD = "diod"
@@ -44,7 +44,7 @@ HELLO_ANSWER = 101
 MAX_LINE = 1024
 
 
-class Server:
+class Server(Helper):
     """See the module.  `sock` is connected to it, and non-blocking; it is the caller's."""
 
     def __init__(self, directory: str, read_only: bool) -> None:
@@ -54,22 +54,22 @@ class Server:
         for ours in (self.sock, self._control):
             ours.setblocking(False)
         fd = theirs.fileno()
-        self._process = OwnedProcess(
+        super().__init__(
             [
                 *(sys.executable, "-I", "-S", str(Path(__file__).with_name("confine.py"))),
                 *(str(control.fileno()), str(fd), directory, "ro" if read_only else "rw"),
                 *(found(), "--foreground", "--no-auth", "--no-userdb", "--export", "/", "--logdest", "stderr"),
                 *("--rfdno", str(fd), "--wfdno", str(fd)),
             ],
-            output=self._said,
             handed=(control.detach(), theirs.detach()),
         )
-        self._last_words = b""
-        self.killed = False  # by us
 
-    async def start(self) -> None:
-        """Raises `ShareFailed`; after an error, or a cancellation, nothing is left of it."""
-        self._process.start()
+    async def begin(self) -> None:
+        """Start it, shut it in, and wait for its first answer.
+
+        Raises `ShareFailed`; after an error, or a cancellation, nothing is left of it.
+        """
+        self.start()
         try:
             async with asyncio.timeout(START_TIMEOUT):
                 await self._start()
@@ -90,8 +90,8 @@ class Server:
     async def _start(self) -> None:
         loop = asyncio.get_running_loop()
         await self._step("map")
-        assert self._process.pid is not None, "it has said something"
-        map_users(self._process.pid)
+        assert self.pid, "it has said something"
+        map_users(self.pid)
         await loop.sock_sendall(self._control, b".")
         await self._step("loading")
         await loop.sock_sendall(self.sock, HELLO)
@@ -111,37 +111,12 @@ class Server:
             raise self._failed(line or "it has ended")
 
     def _failed(self, why: str) -> ShareFailed:
-        words = self._last_words.decode(errors="replace").strip()
-        return ShareFailed(f"the server of {self.directory} did not start: {why}" + (f"; {words}" if words else ""))
+        return ShareFailed(f"the server of {self.directory} did not start: {why}{self.last_words}")
 
     async def _give_up(self) -> None:
         self.sock.close()
         self.kill()
         await self.wait()
-
-    def _said(self, data: bytes) -> None:
-        """In the watching thread."""
-        self._last_words = (self._last_words + data)[-MAX_LINE:]
-
-    @property
-    def pid(self) -> int:
-        """Of the process that the server lives and dies with."""
-        return self._process.pid or 0
-
-    def kill(self) -> None:
-        """Harmless when repeated."""
-        self.killed = True
-        self._process.kill()
-
-    async def wait(self) -> str:
-        """Wait for its end: how it ended, and its last words."""
-        try:
-            code = await asyncio.shield(asyncio.wrap_future(self._process.exit))
-        except OSError as error:
-            return str(error)
-        words = self._last_words.decode(errors="replace").strip()
-        how = f"was killed by signal {-code}" if code < 0 else f"ended with status {code}"
-        return how + (f": {words}" if words else "")
 
 
 def found() -> str:
