@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 
 from byre import errors
+from byre.machines.namespaces import mounts_problem
 from byre.networks import filter as passing
 from byre.networks import slirp
 from tests import world
@@ -113,7 +114,11 @@ def here(beyond: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Worl
     beyond.program(tmp_path, "slirp4netns", real)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.setattr(passing, "is_ours", lambda address: address == world.HERE)
-    monkeypatch.setattr(slirp, "namespaces", SimpleNamespace(problem=lambda: "the test enters another network"))
+    monkeypatch.setattr(
+        slirp,
+        "namespaces",
+        SimpleNamespace(problem=lambda: "the test enters another network", mounts_problem=mounts_problem),
+    )
     return beyond
 
 

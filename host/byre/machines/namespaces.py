@@ -58,12 +58,17 @@ def problem() -> str | None:
     for tool in (MACHINE.before[0], "setpriv"):
         if shutil.which(tool) is None:
             return f"{tool} is not installed"
-    return _refusal()
+    return _refusal(*MACHINE.before, "setpriv", *MACHINE.powers, "--", "true")
+
+
+def mounts_problem() -> str | None:
+    """Why a program that has its user's namespaces cannot have mounts of its own here; None if it can.  Blocks, as
+    `problem`."""
+    return _refusal("unshare", "--mount", "--", "true")
 
 
 @functools.cache
-def _refusal() -> str | None:
-    command = [*MACHINE.before, "setpriv", *MACHINE.powers, "--", "true"]
+def _refusal(*command: str) -> str | None:
     try:
         done = subprocess.run(command, check=False, stdin=subprocess.DEVNULL, capture_output=True, timeout=_TIMEOUT)
     except (OSError, subprocess.TimeoutExpired) as error:

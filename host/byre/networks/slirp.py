@@ -1,8 +1,8 @@
 """`Slirp`: slirp4netns, in a process of its own, with one end of a cable.
 
 It takes Ethernet frames from a socket and speaks TCP, UDP and ping for their sender, from this host; it answers for
-a gateway and a name server.  It sees nothing of the VM, shuts itself in an empty root and under a seccomp filter,
-and where this host permits user namespaces it has one of its own, without a right of its user's.
+a gateway and a name server.  It sees nothing of the VM, and shuts itself under a seccomp filter; where this host
+permits them, in an empty root and in a user namespace of its own, without a right of its user's.
 
 Rule: what it gets is the guest's, less what `filter` keeps back.  It dies with this process (`machines.spawn`), and
 is killed, not asked.  Source: slirp4netns(1).
@@ -11,7 +11,6 @@ is killed, not asked.  Source: slirp4netns(1).
 from __future__ import annotations
 
 import asyncio
-import os
 import shutil
 import socket
 import tempfile
@@ -41,7 +40,7 @@ class Slirp(Helper):
         super().__init__(
             [
                 *(program, "--target-type=bess", f"--mtu={mtu}", "--disable-host-loopback"),
-                *(["--enable-sandbox"] if apart or os.geteuid() == 0 else []),
+                *(["--enable-sandbox"] if apart or not namespaces.mounts_problem() else []),
                 *("--enable-seccomp", self._path),
             ],
             apart=apart,
@@ -89,7 +88,7 @@ class Slirp(Helper):
 
 async def started(mtu: int) -> Slirp:
     """One that runs.  Raises as `Slirp` and its `begin`; looking at this host takes some ms, once."""
-    await in_thread(namespaces.problem)
+    await in_thread(lambda: namespaces.problem() and namespaces.mounts_problem())
     slirp = Slirp(mtu)
     await slirp.begin()
     return slirp
