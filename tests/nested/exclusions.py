@@ -25,6 +25,7 @@ EXCLUDED = {
     "tests/vm/test_keeper.py": _CLIENT,
     "tests/vm/test_faults.py": _SLOW,
     "tests/vm/test_images.py": _LAYERS,
+    "tests/vm/test_networks.py::test_by_the_commands": _CLIENT,
     "tests/vm/test_postgres.py": _LAYERS,
     "tests/vm/test_pytest_plugin.py": _CLIENT,
     "tests/vm/test_sandbox_service.py": _CLIENT,
