@@ -36,15 +36,7 @@ class Card:
 
     def __init__(self, pumps: Pumps, fd: int, stdin: int, stdout: int, on_end: Callable[[], object]) -> None:
         """Take the descriptor of the device over.  Raises `InvalidRequest`, OSError: it stays the caller's."""
-        session = pumps.session
-        session.accept_stream(stdin, sending=False, receiving=True)
-        try:
-            session.accept_stream(stdout, sending=True, receiving=False)
-            second = os.dup(fd)  # the two directions end independently
-        except BaseException:
-            session.stop(stdin)
-            session.reset(stdout)
-            raise
+        second = pumps.accept_pair(fd, stdin, stdout)
         self._on_end = on_end
         self._open = 2
         self._into = _Into(pumps, second, stdin, self._ended)

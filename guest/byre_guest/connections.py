@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import _socket
 import errno
-import os
 import struct
 
 from .inputs import ToPipe
@@ -37,17 +36,9 @@ class Connection:
         self, pumps: Pumps, sock: _socket.socket, stdin: int, stdout: int, on_end: Callable[[Connection], object]
     ) -> None:
         """Take the socket over.  Raises `InvalidRequest`, `ResourceExhausted`, OSError: it stays the caller's."""
-        session = pumps.session
         if sock.family != _socket.AF_UNIX:
             sock.setsockopt(_socket.IPPROTO_TCP, _socket.TCP_NODELAY, 1)  # the host's pieces have waited already
-        session.accept_stream(stdin, sending=False, receiving=True)
-        try:
-            session.accept_stream(stdout, sending=True, receiving=False)
-            second = os.dup(sock.fileno())  # the two directions end independently
-        except BaseException:
-            session.stop(stdin)
-            session.reset(stdout)
-            raise
+        second = pumps.accept_pair(sock.fileno(), stdin, stdout)
         self.failed = False  # a write has taken the kernel's word of a loss, which a read will not see any more
         self._on_end = on_end
         self._open = 2

@@ -80,6 +80,21 @@ class Pumps:
     def drop(self, pump: FromPipe | ToPipe) -> None:
         self._by_stream.pop(pump.stream, None)
 
+    def accept_pair(self, fd: int, stdin: int, stdout: int) -> int:
+        """The two streams of what is carried both ways; a second descriptor, for the directions end independently.
+
+        Raises `InvalidRequest`, `ResourceExhausted`, OSError: then nothing has changed but that they have ended.
+        """
+        session = self.session
+        session.accept_stream(stdin, sending=False, receiving=True)
+        try:
+            session.accept_stream(stdout, sending=True, receiving=False)
+            return os.dup(fd)
+        except BaseException:
+            session.stop(stdin)
+            session.reset(stdout)
+            raise
+
     def on_event(self, event: events.Event) -> None:
         """A stream's event; one of a stream that has ended here is nothing."""
         pump = self._by_stream.get(event.stream)  # type: ignore[attr-defined]

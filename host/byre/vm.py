@@ -337,6 +337,7 @@ class UtilityVM(GuestProcessHost):
         `resources` are the limits of all together; each container's own hold beneath them.  `net` is "none", or
         "user": a way out (see `open_network`).  Raises `PodExists`.
         """
+        creation.check_net(net)
         async with contextlib.AsyncExitStack() as undo:
             network = await creation.way_out(self.bridge, self._networks, net, undo)
             made = await pod.create(self, name, hostname, resources, share_pid, network)

@@ -61,7 +61,7 @@ def describe_host() -> HostReport:
         (
             *(*_tools(), _accelerator(), _machine(), *_transports()),
             *(_namespaces(), _sandbox(), _user(), _memory()),
-            *(_skopeo(), _diod(), _slirp(), *_builder_tools()),
+            *(*_optional(), *_builder_tools()),
         )
     )
 
@@ -161,25 +161,17 @@ def _memory() -> HostFact:
     return HostFact("memory", ok, f"{available} MiB available, {os.cpu_count()} CPUs", hint)
 
 
-def _skopeo() -> HostFact:
-    """Not fatal: images can be imported from archives."""
-    path = shutil.which("skopeo")
-    return HostFact("skopeo", True, path or "not installed", "" if path else "apt install skopeo, to pull images")
-
-
-def _diod() -> HostFact:
-    """Not fatal: most VMs share no directory."""
-    path = shutil.which(DIOD, path=SEARCH)
-    return HostFact(
-        DIOD, True, path or "not installed", "" if path else "apt install diod, to share directories (-v)"
-    )
-
-
-def _slirp() -> HostFact:
-    """Not fatal: most VMs have no network."""
-    path = shutil.which(SLIRP)
-    hint = "" if path else f"apt install {SLIRP}, for networks that lead out (--net user)"
-    return HostFact(SLIRP, True, path or "not installed", hint)
+def _optional() -> list[HostFact]:
+    """Not fatal: images can be imported from archives, and most VMs share no directory and have no network."""
+    facts = []
+    for tool, search, use in (  # None: the user's own PATH, as where it is used
+        ("skopeo", None, "to pull images"),
+        (DIOD, SEARCH, "to share directories (-v)"),
+        (SLIRP, None, "for networks that lead out (--net user)"),
+    ):
+        path = shutil.which(tool, path=search)
+        facts.append(HostFact(tool, True, path or "not installed", "" if path else f"apt install {tool}, {use}"))
+    return facts
 
 
 def _builder_tools() -> list[HostFact]:

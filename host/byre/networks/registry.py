@@ -16,14 +16,13 @@ import logging
 from typing import TYPE_CHECKING
 
 from byre.errors import ByreError
-from byre.ports.connection import Connection
 from byre_proto import limits
 
-from . import filter as passing
 from .network import Network
 
 if TYPE_CHECKING:
     from byre.bridge import Bridge
+    from byre.ports.connection import Connection
 
     from .slirp import Slirp
 
@@ -75,7 +74,10 @@ class HeldNetworks(Networks):
         return len(self._cables)
 
     async def open(self, *, own: bool) -> Network:
-        from . import slirp
+        from byre.ports.connection import Connection
+
+        from . import filter as passing
+        from . import slirp  # all of it only for those who have one
 
         running = await slirp.started(MTU)
         try:
@@ -124,6 +126,8 @@ async def _carry(slirp: Slirp, far: Connection) -> None:
 
 async def _out(slirp: Slirp, far: Connection) -> None:
     """What the guest sends, less what may not pass."""
+    from . import filter as passing
+
     loop = asyncio.get_running_loop()
     judge = passing.Filter()
     with contextlib.suppress(OSError, EOFError, ByreError):  # either has ended
